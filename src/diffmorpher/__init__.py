@@ -1,0 +1,50 @@
+"""Smooth, natural morphs between pictures with a diffusion model (DiffMorpher, CVPR 2024, arXiv 2312.07409)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import FitConfig, SampleConfig, ScheduleConfig
+    from .errors import Cancelled, DiffMorpherError, UserError
+    from .lora_files import Lora, load_lora, save_lora
+    from .morpher import Morpher, MorphResult
+    from .path import MorphPath
+
+_WHERE = {
+    "FitConfig": "config",
+    "SampleConfig": "config",
+    "ScheduleConfig": "config",
+    "Cancelled": "errors",
+    "DiffMorpherError": "errors",
+    "UserError": "errors",
+    "Lora": "lora_files",
+    "load_lora": "lora_files",
+    "save_lora": "lora_files",
+    "Morpher": "morpher",
+    "MorphResult": "morpher",
+    "MorphPath": "path",
+}
+
+__all__ = [
+    "Cancelled",
+    "DiffMorpherError",
+    "FitConfig",
+    "Lora",
+    "MorphPath",
+    "MorphResult",
+    "Morpher",
+    "SampleConfig",
+    "ScheduleConfig",
+    "UserError",
+    "load_lora",
+    "save_lora",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use: torch and diffusers take seconds, which `--help` and errors need not wait for."""
+    if name in _WHERE:
+        return getattr(importlib.import_module(f".{_WHERE[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,52 @@
+"""Self-attention of the up blocks with keys and values taken from the two end images (method, section 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from .interpolate import Between, lerp
+
+
+def replaced_steps(attention_lambda: float, steps: int) -> int:
+    """How many of `steps` have their attention replaced: those with index i < lambda x T, free of rounding."""
+    return math.ceil(round(attention_lambda * steps, 9))
+
+
+@contextmanager
+def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["features", "kv"]) -> Iterator[None]:
+    """While open, row b of a batch draws its keys and values from its two end rows of the same batch.
+
+    rows: for every row of the batch the two batch rows that hold its end images, and its alpha. An end row names itself.
+    mode: "features" mixes what goes into `to_k` and `to_v`, `K_b = to_k((1 - a) h_left + a h_right)` with row b's own
+    LoRA; "kv" mixes what comes out, `K_b = (1 - a) K_left + a K_right`, each end's made with its own LoRA. A LoRA bank
+    must be attached before, so that its share is in what comes out.
+    """
+    device = next(unet.parameters()).device
+    left, right, alpha = rows.left.to(device), rows.right.to(device), rows.alpha.to(device)
+
+    def mix(x: Tensor) -> Tensor:  # (B, N, D)
+        return lerp(x[left], x[right], alpha)
+
+    def mix_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (mix(args[0]), *args[1:])
+
+    def mix_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return mix(output)
+
+    handles = []
+    try:
+        for name, module in unet.named_modules():
+            if name.startswith("up_blocks.") and name.endswith((".attn1.to_k", ".attn1.to_v")):
+                if mode == "features":
+                    handles.append(module.register_forward_pre_hook(mix_input))
+                else:
+                    handles.append(module.register_forward_hook(mix_output))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

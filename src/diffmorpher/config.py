@@ -1,0 +1,117 @@
+"""The settings of each stage as frozen dataclasses, with the paper's values as defaults.
+
+Every default of the project lives here, once; the command line passes on only what the user typed.
+Values are checked on construction and a bad one raises `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .errors import ConfigError
+
+#: `progress(stage, done, total)`; stages are "fit", "invert", "schedule", "sample". Raise `Cancelled` in it to stop the run.
+ProgressCallback = Callable[[str, int, int], None]
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How one LoRA is fitted to each image (method, section 2).
+
+    rank: rank r of every LoRA matrix pair.
+    steps: optimiser steps, each one noise draw per image.
+    learning_rate, weight_decay: of AdamW.
+    """
+
+    rank: int = 16
+    steps: int = 200
+    learning_rate: float = 2e-4
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.rank) and 1 <= self.rank <= 1024, "LoRA rank", self.rank, "a whole number from 1 to 1024")
+        _require(_is_int(self.steps) and self.steps >= 1, "LoRA steps", self.steps, "a whole number of at least 1")
+        _require(
+            _is_real(self.learning_rate) and self.learning_rate > 0, "LoRA rate", self.learning_rate, "a number above 0"
+        )
+        _require(
+            _is_real(self.weight_decay) and self.weight_decay >= 0, "weight decay", self.weight_decay, "0 or a number above"
+        )
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """How frames are made from a prepared path (method, sections 3 and 5 to 7).
+
+    steps: T, DDIM steps of the inversion and of the sampling.
+    attention_lambda: share of the steps, from the first, in which self-attention is interpolated; 0 switches it off.
+    attention_mode: "features" mixes the layer's inputs, "kv" its keys and values, each end's made with its own LoRA.
+    lora_blend: "factors" mixes A and B, "product" mixes B A x; "auto" takes factors where all LoRAs share a start.
+    adain: give the mixed noise the interpolated channel statistics of the two ends.
+    guidance_scale: classifier-free guidance; 1 is off, as in the paper.
+    fix_lora: hold the LoRA mix at this value for every frame (0: first image's, 1: second's) instead of following alpha.
+    batch_size: frames per U-Net batch, end images not counted; "auto" suits the device.
+    """
+
+    steps: int = 50
+    attention_lambda: float = 0.6
+    attention_mode: Literal["features", "kv"] = "features"
+    lora_blend: Literal["auto", "factors", "product"] = "auto"
+    adain: bool = True
+    guidance_scale: float = 1.0
+    fix_lora: float | None = None
+    batch_size: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        _require(_is_int(self.steps) and 1 <= self.steps <= 1000, "steps", self.steps, "a whole number from 1 to 1000")
+        _require(
+            _is_real(self.attention_lambda) and 0 <= self.attention_lambda <= 1,
+            "attention lambda",
+            self.attention_lambda,
+            "a number from 0 to 1",
+        )
+        _require(self.attention_mode in ("features", "kv"), "attention mode", self.attention_mode, '"features" or "kv"')
+        _require(
+            self.lora_blend in ("auto", "factors", "product"), "LoRA blend", self.lora_blend, '"auto", "factors" or "product"'
+        )
+        _require(
+            _is_real(self.guidance_scale) and self.guidance_scale >= 1,
+            "guidance",
+            self.guidance_scale,
+            "a number of at least 1 (1 is off)",
+        )
+        _require(
+            self.fix_lora is None or (_is_real(self.fix_lora) and self.fix_lora >= 0),
+            "fixed LoRA mix",
+            self.fix_lora,
+            "a position from 0 (the first image's LoRA) to the last image's",
+        )
+        _require(
+            self.batch_size == "auto" or (_is_int(self.batch_size) and self.batch_size >= 1),
+            "batch size",
+            self.batch_size,
+            '"auto" or a whole number of at least 1',
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How frames are spaced (method, section 8): evenly by perceptual distance, or evenly in alpha."""
+
+    enabled: bool = True

@@ -1,0 +1,307 @@
+"""`Morpher`: a model, and the way from pictures to a film."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .backbone import Backbone
+from .catalog import ModelSpec, choose_device, choose_dtype, load_pipeline
+from .config import FitConfig, ProgressCallback, SampleConfig, ScheduleConfig
+from .errors import ConfigError
+from .film import save_film
+from .fit import fit_loras
+from .lora import LoraBank
+from .lora_files import Lora, load_lora
+from .media import ImageSource, fit_image, image_hash, load_image
+from .path import MorphPath, to_pil, to_pixels
+from .perceptual import pdv, perceptual_distance, ppl
+from .schedule import even_positions, uniform_positions
+
+
+@dataclass
+class MorphResult:
+    """A film's frames and how they came about.
+
+    frames: PIL images, one size. alphas: their positions. distances: perceptual distance from each frame to the next
+    (n - 1 of them; in a loop n, the last back to the first frame). seconds: wall time by stage. unet_rows: rows of all
+    U-Net batches, a trained row counting 3. settings: everything needed to make it again; it goes into the film's metadata.
+    """
+
+    frames: list[Image.Image]
+    alphas: list[float]
+    distances: list[float]
+    seconds: dict[str, float]
+    unet_rows: int
+    settings: dict[str, Any]
+    path: MorphPath
+
+    @property
+    def ppl(self) -> float:
+        """Perceptual path length, the sum of the distances."""
+        return ppl(self.distances)
+
+    @property
+    def pdv(self) -> float:
+        """Perceptual distance variance: how uneven the film is."""
+        return pdv(self.distances)
+
+    def save(self, out: str | os.PathLike[str], fps: float = 8) -> Path:
+        """Write .mp4, .gif, .webp, .png (contact sheet), or a folder of PNG frames where the name has no suffix.
+
+        Raises `OutputError`; an older output is then left as it was.
+        """
+        return save_film(self.frames, out, fps=fps, metadata=self.settings)
+
+
+class Morpher:
+    """A diffusion model that morphs.
+
+    pipe: a diffusers Stable Diffusion 1.x or 2.x pipeline, on the device and in the dtype to be used; it is left as it
+    was found. Use `Morpher.from_pretrained` to load one by name. Raises `ModelError` for another kind of pipeline.
+    """
+
+    def __init__(self, pipe: Any, *, spec: ModelSpec | None = None, name: str = "") -> None:
+        self.backbone = Backbone(pipe, name)
+        self.spec = spec or ModelSpec("", "")
+        self.load_seconds = 0.0
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str = "mini", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    ) -> Morpher:
+        """Load a model: a name of the catalog ("mini" is bundled), a hub id, a folder, or a .safetensors file.
+
+        device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one. Raises `ModelError`.
+        """
+        started = time.perf_counter()
+        on = choose_device(device)
+        pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on))
+        morpher = cls(pipe, spec=spec, name=str(model))
+        morpher.load_seconds = time.perf_counter() - started
+        return morpher
+
+    @property
+    def pipe(self) -> Any:
+        """The diffusers pipeline."""
+        return self.backbone.pipe
+
+    # ---- the slow part
+
+    def prepare(
+        self,
+        images: Sequence[ImageSource],
+        prompts: str | Sequence[str] | None = None,
+        loras: Sequence[str | os.PathLike[str] | Lora] | None = None,
+        fit: FitConfig | None | Literal["recommended"] = "recommended",
+        seed: int = 0,
+        *,
+        size: tuple[int, int] | None = None,
+        resize: Literal["crop", "pad"] = "crop",
+        steps: int | None = None,
+        loop: bool = False,
+        progress: ProgressCallback | None = None,
+    ) -> MorphPath:
+        """Encode the images, fit a LoRA to each, invert them: once, for any number of frames after.
+
+        images: two or more. prompts: one for all, one each, or none. loras: one file (or `Lora`) per image, instead of
+        fitting. fit: "recommended" takes the model's own settings, else the paper's; None without `loras` means no LoRA.
+        size: (width, height), multiples of the VAE's factor; None takes the model's. resize: "crop" fills that size and
+        cuts what stands over, "pad" shows all of each image on white. steps: of the inversion, as in `SampleConfig`.
+        loop: a path that returns to the first image. Raises `ConfigError`, `ImageError`, `LoraError`.
+        """
+        if isinstance(images, (str, os.PathLike, Image.Image)) or len(images) < 2:
+            raise ConfigError("a morph needs at least two images; give a list of two or more.")
+        size = self._working_size(size)
+        texts = _one_each(prompts, len(images))
+        pictures = [fit_image(load_image(image), size, resize) for image in images]
+        hashes = [image_hash(picture) for picture in pictures]
+        settings: dict[str, Any] = {"prompts": texts, "size": list(size), "resize": resize, "seed": seed, "loop": loop}
+        mean, std, conditioning = self._encode(pictures, texts)
+
+        bank: LoraBank | None = None
+        if loras is not None:
+            if len(loras) != len(images):
+                raise ConfigError(f"{len(loras)} LoRA files were given for {len(images)} images; give one for each.")
+            names = ["a LoRA" if isinstance(lora, Lora) else str(lora) for lora in loras]
+            loaded = [lora if isinstance(lora, Lora) else load_lora(lora) for lora in loras]
+            bank = LoraBank.stack(loaded, self.backbone.unet, names, mean.device)
+            settings["loras"] = [Path(name).name for name in names]
+        elif fit is not None:
+            config = self.spec.fit if fit == "recommended" else fit
+            bank = self._fit(mean, std, conditioning, config, seed, progress, texts, hashes)
+            settings["fit"] = asdict(config)
+
+        path = MorphPath(self.backbone, mean, conditioning, bank, texts, loop, settings)
+        path.noises_at(steps or SampleConfig().steps, progress)
+        return path
+
+    def fit(
+        self,
+        image: ImageSource,
+        prompt: str = "",
+        fit: FitConfig | None = None,
+        seed: int = 0,
+        *,
+        size: tuple[int, int] | None = None,
+        resize: Literal["crop", "pad"] = "crop",
+        progress: ProgressCallback | None = None,
+    ) -> Lora:
+        """Fit one image's LoRA, the same as `prepare` would, to be written with `save_lora` and passed in `loras` later."""
+        picture = fit_image(load_image(image), self._working_size(size), resize)
+        mean, std, conditioning = self._encode([picture], [prompt])
+        return self._fit(
+            mean, std, conditioning, fit or self.spec.fit, seed, progress, [prompt], [image_hash(picture)]
+        ).lora(0)
+
+    def _encode(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode(), self.backbone.borrowed():
+            mean, std = self.backbone.encode(to_pixels(pictures))
+            return mean, std, self.backbone.encode_prompts(prompts)
+
+    def _fit(
+        self,
+        mean: Tensor,
+        std: Tensor,
+        conditioning: Tensor,
+        config: FitConfig,
+        seed: int,
+        progress: ProgressCallback | None,
+        prompts: Sequence[str],
+        hashes: Sequence[str],
+    ) -> LoraBank:
+        bank = fit_loras(self.backbone, mean, std, conditioning, config, seed, progress)
+        for metadata, prompt, digest in zip(bank.metadata, prompts, hashes, strict=True):
+            metadata |= {"prompt": prompt, "model": self.backbone.name, "image_hash": digest}
+        return bank
+
+    def _working_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        factor = self.backbone.vae_factor
+        if size is None:
+            size = self.spec.size or self.backbone.native_size
+        smallest = self.backbone.size_multiple
+        for side in size:
+            if not isinstance(side, int) or not smallest <= side <= 4096 or side % factor:
+                near = min(4096, max(smallest, round(side / factor) * factor)) if isinstance(side, int) else smallest
+                raise ConfigError(
+                    f"the size {size[0]}x{size[1]} cannot be used: each side must be a multiple of {factor} "
+                    f"from {smallest} to 4096; for {side} take {near}."
+                )
+        return size
+
+    # ---- the film
+
+    def film(
+        self,
+        path: MorphPath,
+        num_frames: int = 16,
+        sample: SampleConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        progress: ProgressCallback | None = None,
+    ) -> MorphResult:
+        """Sample a prepared path at `num_frames` positions, evenly spaced by perceptual distance.
+
+        In a loop the last frame leads back to the first, which is not repeated. Raises `ConfigError` if the frames are
+        fewer than the images.
+        """
+        sample, schedule = sample or SampleConfig(), schedule or ScheduleConfig()
+        if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 2:
+            raise ConfigError(f"frames is {num_frames!r}, but must be a whole number of at least 2.")
+        seconds = {"schedule": 0.0, "sample": 0.0}
+        rows_before = self.backbone.unet_rows
+        positions = uniform_positions(num_frames, path.num_images, path.loop)
+        perceptual = perceptual_distance(str(self.backbone.device))
+
+        def frames_at(positions: Sequence[float], stage: str) -> tuple[Tensor, list[float]]:
+            def report(reported: str, done: int, total: int) -> None:
+                if progress:
+                    progress("invert" if reported == "invert" else stage, done, total)
+
+            with _timed(seconds, stage):
+                pixels = path.decode(path.sample_latents(positions, sample, report))
+                closed = torch.cat([pixels, pixels[:1]]) if path.loop else pixels
+                return pixels, perceptual.consecutive(closed).tolist()
+
+        if schedule.enabled and num_frames > (2 if not path.loop else 1):
+            _, distances = frames_at(positions, "schedule")
+            positions = even_positions(positions, distances, num_frames, path.num_images, path.loop)
+        pixels, distances = frames_at(positions, "sample")
+        settings = {
+            "diffmorpher": version("diffmorpher"),
+            "model": self.backbone.name,
+            "device": str(self.backbone.device),
+            "dtype": str(self.backbone.unet.dtype).removeprefix("torch."),
+            **path.settings,
+            "frames": num_frames,
+            "sample": asdict(sample),
+            "schedule": asdict(schedule),
+            "alphas": [round(p, 6) for p in positions],
+        }
+        rows = self.backbone.unet_rows - rows_before
+        return MorphResult(to_pil(pixels), positions, distances, seconds, rows, settings, path)
+
+    def __call__(
+        self,
+        images: Sequence[ImageSource],
+        prompts: str | Sequence[str] | None = None,
+        num_frames: int = 16,
+        *,
+        loras: Sequence[str | os.PathLike[str] | Lora] | None = None,
+        fit: FitConfig | None | Literal["recommended"] = "recommended",
+        sample: SampleConfig | None = None,
+        schedule: ScheduleConfig | None = None,
+        size: tuple[int, int] | None = None,
+        resize: Literal["crop", "pad"] = "crop",
+        loop: bool = False,
+        seed: int = 0,
+        progress: ProgressCallback | None = None,
+    ) -> MorphResult:
+        """Pictures to a film in one call: `prepare`, then `film`; see there for what each setting means."""
+        sample = sample or SampleConfig()
+        rows_before = self.backbone.unet_rows
+        seconds = {"load": self.load_seconds, "fit": 0.0, "invert": 0.0}
+        stage_ends: dict[str, float] = {}
+        started = time.perf_counter()
+
+        def watch(stage: str, done: int, total: int) -> None:
+            stage_ends[stage] = time.perf_counter()
+            if progress:
+                progress(stage, done, total)
+
+        uniform_positions(num_frames, len(images), loop)  # too few frames: say so before the slow part
+        path = self.prepare(
+            images, prompts, loras, fit, seed, size=size, resize=resize, steps=sample.steps, loop=loop, progress=watch
+        )
+        ended = time.perf_counter()
+        seconds["fit"] = stage_ends.get("fit", started) - started
+        seconds["invert"] = ended - stage_ends.get("fit", started)
+        result = self.film(path, num_frames, sample, schedule, progress)
+        result.seconds = seconds | result.seconds
+        return replace(result, unet_rows=self.backbone.unet_rows - rows_before)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[stage] += time.perf_counter() - started
+
+
+def _one_each(prompts: str | Sequence[str] | None, count: int) -> list[str]:
+    if prompts is None or isinstance(prompts, str):
+        return [prompts or ""] * count
+    if len(prompts) not in (1, count):
+        raise ConfigError(f"{len(prompts)} prompts were given for {count} images; give one for all, one each, or none.")
+    return list(prompts) * (count if len(prompts) == 1 else 1)

@@ -1,0 +1,277 @@
+"""`MorphPath`: the prepared way between images, from which frames at any position are sampled."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .backbone import Backbone
+from .config import ProgressCallback, SampleConfig
+from .errors import ConfigError, OutputError, PathFileError
+from .interpolate import Between, lerp, noise_between
+from .invert import invert
+from .lora import LoraBank
+from .sample import denoise
+
+_VERSION = "1"
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """8-bit RGB pictures of one size to (B, 3, H, W), float32, in [-1, 1]."""
+    arrays = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def to_pil(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to 8-bit RGB pictures, rounded."""
+    arrays = ((pixels + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(a) for a in arrays]
+
+
+@dataclass
+class MorphPath:
+    """Fitted LoRAs, inverted noises and text conditioning of K images; cheap to sample at any position.
+
+    latents: (K, C, h, w) clean and scaled; conditioning: (K, L, D); bank: the images' LoRAs, or None for none.
+    Positions run over [0, K-1]; in a loop over [0, K], where K is the first image again.
+    """
+
+    backbone: Backbone
+    latents: Tensor
+    conditioning: Tensor
+    bank: LoraBank | None
+    prompts: list[str]
+    loop: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
+    _noises: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def num_images(self) -> int:
+        return len(self.latents)
+
+    @property
+    def noises(self) -> Tensor:
+        """The inverted noises, (K, C, h, w) float32, of the first inversion made (50 steps unless said otherwise)."""
+        return next(iter(self._noises.values())) if self._noises else self.noises_at(SampleConfig().steps)
+
+    def noises_at(self, steps: int, progress: ProgressCallback | None = None) -> Tensor:
+        """The noises of an inversion with `steps` steps, each image with its own LoRA and prompt; made once, then kept."""
+        if steps not in self._noises:
+            with self.backbone.borrowed(), self._lora():
+                self._noises[steps] = invert(self.backbone, self.latents, self.conditioning, steps, progress)
+        return self._noises[steps]
+
+    @contextmanager
+    def _lora(self) -> Iterator[None]:
+        with self.bank.attached(self.backbone.unet) if self.bank else nullcontext():
+            yield
+
+    # ---- sampling
+
+    def sample(
+        self,
+        alphas: Sequence[float],
+        config: SampleConfig | None = None,
+        output: Literal["pil", "np", "pt", "latent"] = "pil",
+        progress: ProgressCallback | None = None,
+    ) -> Any:
+        """The frames at `alphas`, positions over [0, K-1], in the order given.
+
+        output: "pil": list of PIL images; "np": (n, H, W, 3) float32 in [0, 1]; "pt": (n, 3, H, W) float32 in [0, 1];
+        "latent": (n, C, h, w) float32, scaled, before decoding. Frames do not depend on `config.batch_size`.
+        Raises `ConfigError` for a position outside the path.
+        """
+        if output not in ("pil", "np", "pt", "latent"):
+            raise ConfigError(f'output is {output!r}, but must be "pil", "np", "pt" or "latent".')
+        latents = self.sample_latents(alphas, config or SampleConfig(), progress)
+        if output == "latent":
+            return latents
+        pixels = self.decode(latents)
+        if output == "pil":
+            return to_pil(pixels)
+        scaled = (pixels + 1) / 2
+        return scaled if output == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor, batch: int = 8) -> Tensor:
+        """Latents to pictures (n, 3, H, W), float32, in [-1, 1], a few at a time."""
+        with self.backbone.borrowed():
+            return torch.cat([self.backbone.decode(chunk) for chunk in latents.split(batch)])
+
+    @torch.inference_mode()
+    def sample_latents(
+        self, alphas: Sequence[float], config: SampleConfig, progress: ProgressCallback | None = None
+    ) -> Tensor:
+        """The clean latents at `alphas`, (n, C, h, w) float32, in chunks that each carry the end images they need."""
+        where = Between.images(alphas, self.num_images, self.loop)
+        if config.fix_lora is not None and config.fix_lora > self.num_images - 1:
+            raise ConfigError(f"the fixed LoRA mix {config.fix_lora:g} is beyond the last image, {self.num_images - 1}.")
+        noises = self.noises_at(config.steps, progress)
+        chunks = _chunks(where, _batch_size(config, noises))
+        done, total = 0, len(chunks) * config.steps
+
+        def on_step(_: int) -> None:
+            nonlocal done
+            done += 1
+            if progress:
+                progress("sample", done, total)
+
+        result = noises.new_empty(len(where.alpha), *noises.shape[1:])
+        unconditional = self.backbone.encode_prompts([""]) if config.guidance_scale != 1 else None
+        with self.backbone.borrowed(), self._lora():
+            for chunk in chunks:
+                at = Between.images(chunk.positions, self.num_images, self.loop)
+                if self.bank:
+                    fixed = [config.fix_lora] * len(chunk.positions) if config.fix_lora is not None else chunk.positions
+                    weights = Between.images(fixed, self.num_images, self.loop).weights(self.num_images)
+                    self.bank.set_rows(weights.repeat(2, 1) if unconditional is not None else weights, config.lora_blend)
+                left, right = at.left.to(noises.device), at.right.to(noises.device)
+                latents = denoise(
+                    self.backbone,
+                    noise_between(noises, at, config.adain),
+                    lerp(self.conditioning[left], self.conditioning[right], at.alpha),
+                    chunk.rows,
+                    config,
+                    unconditional,
+                    on_step,
+                )
+                result[chunk.frames] = latents[chunk.batch_rows]
+        return result
+
+    # ---- files
+
+    def save(self, file: str | os.PathLike[str]) -> Path:
+        """Write everything but the model to one safetensors file, to be loaded with `MorphPath.load`.
+
+        Raises `OutputError` if it cannot be written; an older file is then left as it was.
+        """
+        tensors = {"latents": self.latents, "conditioning": self.conditioning}
+        tensors |= {f"noises.{steps}": noises for steps, noises in self._noises.items()}
+        if self.bank:
+            tensors |= {f"lora.down.{name}": a for name, a in self.bank.down.items()}
+            tensors |= {f"lora.up.{name}": b for name, b in self.bank.up.items()}
+        header = {
+            "version": _VERSION,
+            "model": self.backbone.name,
+            "fingerprint": self.backbone.fingerprint(),
+            "prompts": self.prompts,
+            "loop": self.loop,
+            "loras": self.bank.metadata if self.bank else None,
+            "settings": self.settings,
+        }
+        out = Path(file)
+        part = out.with_name(f".{out.name}.{os.getpid()}.part")
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+                part,
+                {"format": "pt", "diffmorpher.path": json.dumps(header)},
+            )
+            os.replace(part, out)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"the path file {out} cannot be written: {error}.") from error
+        finally:
+            part.unlink(missing_ok=True)
+        return out
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str], morpher: Any) -> MorphPath:
+        """Read a saved path; `morpher` holds the model it was made with (a `Morpher`).
+
+        Raises `PathFileError` for a file that is damaged, no path, or made with another model.
+        """
+        backbone: Backbone = morpher.backbone
+        source = Path(file)
+        try:
+            with safe_open(source, "pt") as opened:
+                header = json.loads((opened.metadata() or {})["diffmorpher.path"])
+                tensors = {name: opened.get_tensor(name).to(backbone.device) for name in opened.keys()}  # noqa: SIM118
+        except FileNotFoundError as error:
+            raise PathFileError(f"the path file {source} does not exist.") from error
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise PathFileError(f"{source} is not a morph path, or is damaged; make it again with --save-path.") from error
+        if header["version"] != _VERSION:
+            raise PathFileError(f"{source} was written by another version of diffmorpher (format {header['version']}); make it again.")
+        if header["fingerprint"] != backbone.fingerprint():
+            raise PathFileError(
+                f"{source} was made with the model {header['model']!r}, not with {backbone.name!r}; load that model."
+            )
+        bank = None
+        if header["loras"] is not None:
+            down, up = (
+                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                for prefix in ("lora.down.", "lora.up.")
+            )
+            bank = LoraBank(down, up, header["loras"])
+        noises = {int(name.removeprefix("noises.")): t for name, t in tensors.items() if name.startswith("noises.")}
+        return cls(
+            backbone, tensors["latents"], tensors["conditioning"], bank, header["prompts"], header["loop"], header["settings"], noises
+        )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One batch: end images and frames. `rows` are over the batch; its `batch_rows` are the path's `frames`."""
+
+    positions: list[float]  # (B,) of every row, ends first
+    rows: Between
+    frames: list[int]
+    batch_rows: list[int]
+
+
+def _chunks(where: Between, size: int) -> list[_Chunk]:
+    """Split frames into batches of at most `size`, each with the end images its frames lie between.
+
+    A frame exactly at an image is that image's end row, not a row more.
+    """
+    inner = [i for i in range(len(where.alpha)) if 0 < float(where.alpha[i]) < 1]
+    at_image = {i: int(where.left[i] if where.alpha[i] == 0 else where.right[i]) for i in range(len(where.alpha)) if i not in set(inner)}
+    inner.sort(key=lambda i: float(where.left[i] + where.alpha[i]))  # neighbours together: few ends per chunk
+    count = -(-len(inner) // size)
+    groups = [inner[len(inner) * c // count : len(inner) * (c + 1) // count] for c in range(count)] or [[]]
+    chunks: list[_Chunk] = []
+    for group in groups:
+        ends = {int(e) for i in group for e in (where.left[i], where.right[i])}
+        here = [i for i, image in at_image.items() if image in ends or group is groups[-1]]
+        ends |= {at_image[i] for i in here}
+        for i in here:
+            del at_image[i]
+        order = sorted(ends)
+        row_of = {image: row for row, image in enumerate(order)}
+        left = [*range(len(order)), *(row_of[int(where.left[i])] for i in group)]
+        right = [*range(len(order)), *(row_of[int(where.right[i])] for i in group)]
+        alpha = torch.cat([torch.zeros(len(order), dtype=torch.float64), where.alpha[group]])
+        chunks.append(
+            _Chunk(
+                [*map(float, order), *(float(where.left[i] + where.alpha[i]) for i in group)],
+                Between(torch.tensor(left), torch.tensor(right), alpha),
+                [*here, *group],
+                [*(row_of[at_image_of(where, i)] for i in here), *range(len(order), len(order) + len(group))],
+            )
+        )
+    return chunks
+
+
+def at_image_of(where: Between, i: int) -> int:
+    return int(where.left[i] if where.alpha[i] == 0 else where.right[i])
+
+
+def _batch_size(config: SampleConfig, noises: Tensor) -> int:
+    """Frames per batch: enough rows to fill the device, few enough to keep memory flat."""
+    if config.batch_size != "auto":
+        return config.batch_size
+    cells = noises.shape[-1] * noises.shape[-2]
+    return max(1, min(64, (16 * 64 * 64 if noises.device.type != "cpu" else 16 * 16 * 16) // cells))

@@ -1,0 +1,54 @@
+"""Denoising a batch of frames together with the end images whose features they use (method, section 7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from .attention import interpolated_attention, replaced_steps
+from .backbone import Backbone
+from .config import SampleConfig
+from .interpolate import Between
+
+
+@torch.inference_mode()
+def denoise(
+    backbone: Backbone,
+    noises: Tensor,
+    conditioning: Tensor,
+    rows: Between,
+    config: SampleConfig,
+    unconditional: Tensor | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """DDIM from noise to clean latents, self-attention interpolated in the first steps.
+
+    noises: (B, C, h, w), the end images' rows among them; conditioning: (B, L, D);
+    rows: for each row of this batch which two of its rows are its ends, and its alpha;
+    unconditional: (1, L, D), the empty prompt's embedding, needed where `config.guidance_scale` is above 1.
+    Returns (B, C, h, w), float32. The LoRAs are attached, with their rows set, by the caller.
+    """
+    schedule = backbone.schedule(config.steps)
+    replaced = replaced_steps(config.attention_lambda, config.steps)
+    z, batch = noises.float(), len(noises)
+    guided = config.guidance_scale != 1
+    if guided:
+        assert unconditional is not None
+        conditioning = torch.cat([unconditional.expand(batch, -1, -1), conditioning])
+        # The unconditional half has its own end rows.
+        rows = Between(torch.cat([rows.left, rows.left + batch]), torch.cat([rows.right, rows.right + batch]), rows.alpha.repeat(2))
+    for i in range(len(schedule)):
+        level = len(schedule) - i
+        attention = interpolated_attention(backbone.unet, rows, config.attention_mode) if i < replaced else nullcontext()
+        with attention:
+            eps = backbone.predict_noise(z.repeat(2, 1, 1, 1) if guided else z, schedule.timesteps[level - 1], conditioning)
+        if guided:
+            free, conditional = eps.chunk(2)
+            eps = free + config.guidance_scale * (conditional - free)
+        z = schedule.move(z, eps, level=level, to=level - 1)
+        if on_step:
+            on_step(i + 1)
+    return z

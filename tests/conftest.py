@@ -1,0 +1,106 @@
+"""Real models at tiny size, shared by the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import diffmorpher
+from diffmorpher import Morpher
+
+ASSETS = Path(diffmorpher.__file__).parent / "assets"
+
+
+def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0, **changes: Any) -> StableDiffusionPipeline:
+    """A pipeline of the Stable Diffusion layout with random weights: 32 x 32 pixels, 4 x 8 x 8 latents.
+
+    changes: "linear" for SD 2's linear projections, "shift_factor" for the VAE, anything else goes to the U-Net.
+    """
+    torch.manual_seed(seed)
+    linear = changes.pop("linear", False)
+    shift = changes.pop("shift_factor", None)
+    unet = UNet2DConditionModel(
+        **{
+            "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "block_out_channels": (32, 64),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "layers_per_block": 1,
+            "cross_attention_dim": 32,
+            "attention_head_dim": 2,
+            "norm_num_groups": 8,
+            "use_linear_projection": linear,
+        }
+        | changes
+    )
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=8,
+        sample_size=32,
+        scaling_factor=0.31,
+        shift_factor=shift,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(ASSETS / "mini" / "tokenizer")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipe = StableDiffusionPipeline(
+        vae, CLIPTextModel(text), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    )
+    for part in (unet, vae, pipe.text_encoder):
+        part.eval()
+    return pipe
+
+
+@pytest.fixture
+def pipe() -> StableDiffusionPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def demo() -> dict[str, Image.Image]:
+    """The demo pictures by name, 256 x 256 RGB."""
+    return {file.stem: Image.open(file).convert("RGB") for file in sorted((ASSETS / "demo").glob("*.png"))}
+
+
+@pytest.fixture(scope="session")
+def mini() -> Morpher:
+    """The bundled model."""
+    return Morpher.from_pretrained("mini", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    torch.set_num_threads(2)
+    yield

@@ -15,6 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 import diffmorpher
 from diffmorpher import Morpher
 
+torch.set_num_threads(1)  # for tiny models a second thread only waits; see `mini`
+
 ASSETS = Path(diffmorpher.__file__).parent / "assets"
 
 
@@ -95,12 +97,13 @@ def demo() -> dict[str, Image.Image]:
 
 
 @pytest.fixture(scope="session")
-def mini() -> Morpher:
-    """The bundled model."""
+def loaded_mini() -> Morpher:
     return Morpher.from_pretrained("mini", device="cpu")
 
 
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
+@pytest.fixture
+def mini(loaded_mini: Morpher) -> Iterator[Morpher]:
+    """The bundled model, on two threads."""
     torch.set_num_threads(2)
-    yield
+    yield loaded_mini
+    torch.set_num_threads(1)

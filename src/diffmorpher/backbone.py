@@ -125,7 +125,8 @@ class Backbone:
         posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         scale = self.vae.config.scaling_factor
-        return (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        return mean.contiguous(), std.contiguous()  # not in the VAE's memory format: a saved path must round as a fresh one
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), float32, in [-1, 1]."""

@@ -27,8 +27,7 @@ def fit_loras(
     """
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     device = mean.device
-    with torch.inference_mode(False), torch.enable_grad(), backbone.borrowed():
-        mean, std, conditioning = mean.clone(), std.clone(), conditioning.clone()
+    with torch.enable_grad(), backbone.borrowed():
         bank = LoraBank.create(
             attention_projections(backbone.unet), len(mean), config.rank, seed, device
         )

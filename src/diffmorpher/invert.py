@@ -9,7 +9,7 @@ from .backbone import Backbone
 from .config import ProgressCallback
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def invert(
     backbone: Backbone, latents: Tensor, conditioning: Tensor, steps: int, progress: ProgressCallback | None = None
 ) -> Tensor:

@@ -165,7 +165,7 @@ class Morpher:
         ).lora(0)
 
     def _encode(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.inference_mode(), self.backbone.borrowed():
+        with torch.no_grad(), self.backbone.borrowed():
             mean, std = self.backbone.encode(to_pixels(pictures))
             return mean, std, self.backbone.encode_prompts(prompts)
 

@@ -96,26 +96,28 @@ class MorphPath:
         if output not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f'output is {output!r}, but must be "pil", "np", "pt" or "latent".')
         latents = self.sample_latents(alphas, config or SampleConfig(), progress)
-        if output == "latent":
-            return latents
+        if output == "latent" or not len(latents):
+            return latents if output == "latent" else []
         pixels = self.decode(latents)
         if output == "pil":
             return to_pil(pixels)
         scaled = (pixels + 1) / 2
         return scaled if output == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, latents: Tensor, batch: int = 8) -> Tensor:
         """Latents to pictures (n, 3, H, W), float32, in [-1, 1], a few at a time."""
         with self.backbone.borrowed():
-            return torch.cat([self.backbone.decode(chunk) for chunk in latents.split(batch)])
+            return torch.cat([self.backbone.decode(chunk) for chunk in latents.split(batch)])  # (n, 3, H, W)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def sample_latents(
         self, alphas: Sequence[float], config: SampleConfig, progress: ProgressCallback | None = None
     ) -> Tensor:
         """The clean latents at `alphas`, (n, C, h, w) float32, in chunks that each carry the end images they need."""
         where = Between.images(alphas, self.num_images, self.loop)
+        if len(where.alpha) == 0:
+            return self.latents.new_empty(0, *self.latents.shape[1:])
         if config.fix_lora is not None and config.fix_lora > self.num_images - 1:
             raise ConfigError(f"the fixed LoRA mix {config.fix_lora:g} is beyond the last image, {self.num_images - 1}.")
         noises = self.noises_at(config.steps, progress)
@@ -175,16 +177,17 @@ class MorphPath:
         part = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-                part,
-                {"format": "pt", "diffmorpher.path": json.dumps(header)},
-            )
-            os.replace(part, out)
+            try:
+                save_file(
+                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+                    part,
+                    {"format": "pt", "diffmorpher.path": json.dumps(header)},
+                )
+                os.replace(part, out)
+            finally:
+                part.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"the path file {out} cannot be written: {error}.") from error
-        finally:
-            part.unlink(missing_ok=True)
         return out
 
     @classmethod
@@ -198,7 +201,8 @@ class MorphPath:
         try:
             with safe_open(source, "pt") as opened:
                 header = json.loads((opened.metadata() or {})["diffmorpher.path"])
-                tensors = {name: opened.get_tensor(name).to(backbone.device) for name in opened.keys()}  # noqa: SIM118
+                # Copied out of the mapped file: kernels round differently on memory that is not aligned.
+                tensors = {name: opened.get_tensor(name).clone().to(backbone.device) for name in opened.keys()}  # noqa: SIM118
         except FileNotFoundError as error:
             raise PathFileError(f"the path file {source} does not exist.") from error
         except (OSError, SafetensorError, KeyError, ValueError) as error:
@@ -209,6 +213,8 @@ class MorphPath:
             raise PathFileError(
                 f"{source} was made with the model {header['model']!r}, not with {backbone.name!r}; load that model."
             )
+        if not {"latents", "conditioning"} <= set(tensors):
+            raise PathFileError(f"{source} is damaged; make it again with --save-path.")
         bank = None
         if header["loras"] is not None:
             down, up = (
@@ -224,49 +230,44 @@ class MorphPath:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """One batch: end images and frames. `rows` are over the batch; its `batch_rows` are the path's `frames`."""
+    """One batch: end images first, then frames between them. Batch row `batch_rows[i]` is the path's frame `frames[i]`."""
 
-    positions: list[float]  # (B,) of every row, ends first
-    rows: Between
+    positions: list[float]  # of every row
+    rows: Between  # each row's ends, as rows of this batch
     frames: list[int]
     batch_rows: list[int]
 
 
 def _chunks(where: Between, size: int) -> list[_Chunk]:
-    """Split frames into batches of at most `size`, each with the end images its frames lie between.
+    """Split frames into batches of at most `size` frames, each with the end images they lie between.
 
-    A frame exactly at an image is that image's end row, not a row more.
+    A frame exactly at an image is that image's end row, not a row more: it goes with the first chunk that has it.
     """
-    inner = [i for i in range(len(where.alpha)) if 0 < float(where.alpha[i]) < 1]
-    at_image = {i: int(where.left[i] if where.alpha[i] == 0 else where.right[i]) for i in range(len(where.alpha)) if i not in set(inner)}
-    inner.sort(key=lambda i: float(where.left[i] + where.alpha[i]))  # neighbours together: few ends per chunk
-    count = -(-len(inner) // size)
-    groups = [inner[len(inner) * c // count : len(inner) * (c + 1) // count] for c in range(count)] or [[]]
-    chunks: list[_Chunk] = []
-    for group in groups:
-        ends = {int(e) for i in group for e in (where.left[i], where.right[i])}
-        here = [i for i, image in at_image.items() if image in ends or group is groups[-1]]
-        ends |= {at_image[i] for i in here}
-        for i in here:
-            del at_image[i]
-        order = sorted(ends)
-        row_of = {image: row for row, image in enumerate(order)}
-        left = [*range(len(order)), *(row_of[int(where.left[i])] for i in group)]
-        right = [*range(len(order)), *(row_of[int(where.right[i])] for i in group)]
-        alpha = torch.cat([torch.zeros(len(order), dtype=torch.float64), where.alpha[group]])
+    left, right, alpha = where.left.tolist(), where.right.tolist(), where.alpha.tolist()
+    at_image = {i: left[i] if a == 0 else right[i] for i, a in enumerate(alpha) if a in (0, 1)}
+    between = sorted((i for i in range(len(alpha)) if i not in at_image), key=lambda i: left[i] + alpha[i])
+    count = max(1, -(-len(between) // size))
+    chunks = []
+    for c in range(count):
+        group = between[len(between) * c // count : len(between) * (c + 1) // count]
+        needed = {image for i in group for image in (left[i], right[i])}
+        here = [i for i, image in at_image.items() if image in needed or c == count - 1]
+        ends = sorted(needed | {at_image[i] for i in here})
+        row_of = {image: row for row, image in enumerate(ends)}
+        own = list(range(len(ends)))
         chunks.append(
             _Chunk(
-                [*map(float, order), *(float(where.left[i] + where.alpha[i]) for i in group)],
-                Between(torch.tensor(left), torch.tensor(right), alpha),
-                [*here, *group],
-                [*(row_of[at_image_of(where, i)] for i in here), *range(len(order), len(order) + len(group))],
+                positions=[*map(float, ends), *(left[i] + alpha[i] for i in group)],
+                rows=Between(
+                    torch.tensor([*own, *(row_of[left[i]] for i in group)]),
+                    torch.tensor([*own, *(row_of[right[i]] for i in group)]),
+                    torch.tensor([*[0.0] * len(ends), *(alpha[i] for i in group)], dtype=torch.float64),
+                ),
+                frames=[*here, *group],
+                batch_rows=[*(row_of[at_image.pop(i)] for i in here), *range(len(ends), len(ends) + len(group))],
             )
         )
     return chunks
-
-
-def at_image_of(where: Between, i: int) -> int:
-    return int(where.left[i] if where.alpha[i] == 0 else where.right[i])
 
 
 def _batch_size(config: SampleConfig, noises: Tensor) -> int:

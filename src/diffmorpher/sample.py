@@ -14,7 +14,7 @@ from .config import SampleConfig
 from .interpolate import Between
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def denoise(
     backbone: Backbone,
     noises: Tensor,

@@ -1,0 +1,241 @@
+"""Models of every supported kind, by every way of naming one, and clear words for the others."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import tiny_pipeline
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from diffmorpher import FitConfig, Morpher, SampleConfig
+from diffmorpher.backbone import Backbone
+from diffmorpher.catalog import CATALOG, check_model, choose_device, choose_dtype
+from diffmorpher.errors import ConfigError, ModelError
+
+PICTURES = [Image.effect_noise((40, 32), s).convert("RGB") for s in (20, 90)]
+QUICK: dict[str, Any] = {"num_frames": 3, "fit": FitConfig(rank=2, steps=1), "sample": SampleConfig(steps=2)}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("linear", [False, True], ids=["sd1", "sd2"])
+def test_sd1_and_sd2_load_from_a_folder_and_morph(tmp_path: Path, prediction_type: str, linear: bool) -> None:
+    tiny_pipeline(prediction_type, linear=linear).save_pretrained(tmp_path / "model")
+    morpher = Morpher.from_pretrained(str(tmp_path / "model"), device="cpu")
+    assert morpher.backbone.prediction_type == prediction_type
+    result = morpher(PICTURES, "noise", **QUICK)
+    assert [f.size for f in result.frames] == [(32, 32)] * 3
+
+
+def test_a_checkpoint_that_ships_pndm_is_sampled_with_ddim() -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    with_pndm, with_ddim = Morpher(pipe).backbone.schedule(10), Backbone(tiny_pipeline()).schedule(10)
+    assert with_pndm.timesteps == with_ddim.timesteps
+    assert_close(with_pndm.a, with_ddim.a)
+    assert isinstance(pipe.scheduler, PNDMScheduler)
+
+
+def test_a_single_safetensors_file_in_the_original_layout_is_the_same_model(tmp_path: Path) -> None:
+    """The tiny model's weights under the original Stable Diffusion's names, its configuration in a folder beside it."""
+    pipe = tiny_pipeline(cross_attention_dim=32, layers_per_block=2, down_block_types=("CrossAttnDownBlock2D",) * 2)
+    pipe.unet, pipe.vae = pipe.unet.eval(), pipe.vae.eval()
+    file = tmp_path / "model.safetensors"
+    save_file(original_layout(pipe), file)
+    pipe.save_pretrained(tmp_path / "model")
+    for weights in (tmp_path / "model").glob("*/*.safetensors"):
+        weights.unlink()  # only the configuration may come from there
+    loaded = Morpher.from_pretrained(str(file), device="cpu")
+    z, c = torch.randn(1, 4, 8, 8), torch.randn(1, 6, 32)
+    with torch.no_grad():
+        assert_close(loaded.backbone.predict_noise(z, 500, c), Backbone(pipe).predict_noise(z, 500, c))
+        assert_close(loaded.backbone.encode_prompts(["a cat"]), Backbone(pipe).encode_prompts(["a cat"]))
+        assert_close(loaded.backbone.decode(z), Backbone(pipe).decode(z))
+
+
+def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    """Diffusers' names to the original ones, written from the original U-Net's and autoencoder's numbering."""
+    out: dict[str, torch.Tensor] = {}
+    resnet = {
+        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    per_block = pipe.unet.config.layers_per_block
+
+    def put(prefix: str, module: torch.nn.Module, names: dict[str, str] | None = None) -> None:
+        for key, value in module.state_dict().items():
+            for ours, theirs in (names or {}).items():
+                if key.startswith(ours + "."):
+                    key = theirs + key.removeprefix(ours)
+                    break
+            out[f"{prefix}.{key}"] = value.contiguous()
+
+    unet, model = pipe.unet, "model.diffusion_model"
+    put(f"{model}.time_embed.0", unet.time_embedding.linear_1)
+    put(f"{model}.time_embed.2", unet.time_embedding.linear_2)
+    put(f"{model}.input_blocks.0.0", unet.conv_in)
+    put(f"{model}.out.0", unet.conv_norm_out)
+    put(f"{model}.out.2", unet.conv_out)
+    for i, block in enumerate(unet.down_blocks):
+        for j, layer in enumerate(block.resnets):
+            n = i * (per_block + 1) + 1 + j
+            put(f"{model}.input_blocks.{n}.0", layer, resnet)
+            put(f"{model}.input_blocks.{n}.1", block.attentions[j])
+        if block.downsamplers:
+            put(f"{model}.input_blocks.{(i + 1) * (per_block + 1)}.0.op", block.downsamplers[0].conv)
+    put(f"{model}.middle_block.0", unet.mid_block.resnets[0], resnet)
+    put(f"{model}.middle_block.1", unet.mid_block.attentions[0])
+    put(f"{model}.middle_block.2", unet.mid_block.resnets[1], resnet)
+    for i, block in enumerate(unet.up_blocks):
+        attended = hasattr(block, "attentions")
+        for j, layer in enumerate(block.resnets):
+            n = i * (per_block + 1) + j
+            put(f"{model}.output_blocks.{n}.0", layer, resnet)
+            if attended:
+                put(f"{model}.output_blocks.{n}.1", block.attentions[j])
+        if block.upsamplers:
+            last = i * (per_block + 1) + per_block
+            put(f"{model}.output_blocks.{last}.{2 if attended else 1}.conv", block.upsamplers[0].conv)
+
+    vae, stage, levels = pipe.vae, "first_stage_model", len(pipe.vae.config.block_out_channels)
+    shortcut = {"conv_shortcut": "nin_shortcut"}
+    for side, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
+        put(f"{stage}.{side}.conv_in", half.conv_in)
+        put(f"{stage}.{side}.norm_out", half.conv_norm_out)
+        put(f"{stage}.{side}.conv_out", half.conv_out)
+        put(f"{stage}.{side}.mid.block_1", half.mid_block.resnets[0])
+        put(f"{stage}.{side}.mid.block_2", half.mid_block.resnets[1])
+        attention = half.mid_block.attentions[0]
+        put(f"{stage}.{side}.mid.attn_1.norm", attention.group_norm)
+        projections = {"q": attention.to_q, "k": attention.to_k, "v": attention.to_v, "proj_out": attention.to_out[0]}
+        for name, linear in projections.items():
+            out[f"{stage}.{side}.mid.attn_1.{name}.weight"] = linear.weight.detach()[:, :, None, None].contiguous()
+            out[f"{stage}.{side}.mid.attn_1.{name}.bias"] = linear.bias.detach()
+    for i, block in enumerate(vae.encoder.down_blocks):
+        for j, layer in enumerate(block.resnets):
+            put(f"{stage}.encoder.down.{i}.block.{j}", layer, shortcut)
+        if block.downsamplers:
+            put(f"{stage}.encoder.down.{i}.downsample.conv", block.downsamplers[0].conv)
+    for i, block in enumerate(vae.decoder.up_blocks):
+        for j, layer in enumerate(block.resnets):
+            put(f"{stage}.decoder.up.{levels - 1 - i}.block.{j}", layer, shortcut)
+        if block.upsamplers:
+            put(f"{stage}.decoder.up.{levels - 1 - i}.upsample.conv", block.upsamplers[0].conv)
+    put(f"{stage}.quant_conv", vae.quant_conv)
+    put(f"{stage}.post_quant_conv", vae.post_quant_conv)
+    put("cond_stage_model.transformer", pipe.text_encoder)
+    if not any(k.startswith("cond_stage_model.transformer.text_model.") for k in out):
+        put("cond_stage_model.transformer.text_model", pipe.text_encoder)
+    return {k: v.clone() for k, v in out.items()}
+
+
+def test_latents_are_scaled_and_shifted_by_the_config() -> None:
+    pipe = tiny_pipeline(shift_factor=0.7)
+    backbone, pixels = Backbone(pipe), torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean, std = backbone.encode(pixels)
+        raw = pipe.vae.encode(pixels).latent_dist
+        assert_close(mean, (raw.mean - 0.7) * 0.31)
+        assert_close(std, raw.std * 0.31)
+        assert_close(backbone.decode(mean), pipe.vae.decode(raw.mean).sample.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does_and_cut_with_a_warning() -> None:
+    pipe = tiny_pipeline()
+    backbone = Backbone(pipe)
+    with torch.no_grad():
+        got = backbone.encode_prompts(["a red apple", ""])
+        want = pipe.encode_prompt(["a red apple", ""], "cpu", 1, False)[0]
+        assert_close(got, want)
+        with pytest.warns(UserWarning, match="has 42 tokens; the model reads the first 24"):
+            long = backbone.encode_prompts([" ".join(["apple"] * 40)])
+    assert long.shape == (1, 24, 32)
+
+
+def test_sizes_follow_the_model_and_are_checked() -> None:
+    morpher = Morpher(tiny_pipeline())
+    fit = None
+    assert morpher.prepare(PICTURES, fit=fit, steps=1).latents.shape == (2, 4, 8, 8)
+    assert morpher.prepare(PICTURES, fit=fit, steps=1, size=(48, 20)).latents.shape == (2, 4, 5, 12)
+    for size, near in (((33, 32), "33 take 32"), ((32, 0), "0 take 8"), ((32, 10000), "10000 take 4096")):
+        with pytest.raises(ConfigError, match=f"multiple of 4 .* for {near}"):
+            morpher.prepare(PICTURES, fit=fit, size=size)
+
+
+def test_half_precision_weights_morph_too() -> None:
+    pipe = tiny_pipeline()
+    pipe.to(torch.bfloat16)
+    result = Morpher(pipe)(PICTURES, "noise", **QUICK)
+    assert len(result.frames) == 3 and all(d == d for d in result.distances)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("minni", "did you mean 'mini'"),
+        ("no-such-model", "use one of mini"),
+        ("./nowhere", "not known"),
+        ("nowhere.safetensors", "does not exist"),
+        ("model.ckpt", "can run code"),
+        ("{empty}", "no model_index.json"),
+        ("{text}.safetensors", "could not be loaded"),
+        ("{broken}", "could not be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_is_said_so(tmp_path: Path, model: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.safetensors").write_text("not a model")
+    tiny_pipeline().save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"0" * 100)
+    model = model.format(**{n: str(tmp_path / n) for n in ("empty", "text", "broken")})
+    with pytest.raises(ModelError, match=message) as caught:
+        Morpher.from_pretrained(model, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_pipelines_of_other_kinds_are_refused() -> None:
+    inpainting = tiny_pipeline(in_channels=9)
+    with pytest.raises(ModelError, match="9 channels where the VAE gives 4"):
+        Morpher(inpainting)
+    sdxl = tiny_pipeline()
+    sdxl.text_encoder_2 = sdxl.text_encoder
+    with pytest.raises(ModelError, match="SDXL"):
+        Morpher(sdxl)
+    with pytest.raises(ModelError, match="lacks unet, vae"):
+        Morpher(SimpleNamespace())
+    sample_prediction = tiny_pipeline("sample")
+    with pytest.raises(ModelError, match="'sample'"):
+        Morpher(sample_prediction)
+
+
+def test_devices_and_dtypes_are_checked() -> None:
+    with pytest.raises(ModelError, match="'gpu'.*try"):
+        choose_device("gpu")
+    with pytest.raises(ModelError, match="'float8'.*float32"):
+        choose_dtype("float8", torch.device("cpu"))
+    assert choose_dtype(None, torch.device("cpu")) == torch.float32
+    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_catalogs_names_and_hub_ids_pass_without_loading() -> None:
+    for name in [*CATALOG, "owner/name", "stable-diffusion-v1-5/stable-diffusion-v1-5"]:
+        check_model(name)
+
+
+def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
+    first, second = Backbone(tiny_pipeline(seed=0)), Backbone(tiny_pipeline(seed=1))
+    assert first.fingerprint() == Backbone(tiny_pipeline(seed=0)).fingerprint() != second.fingerprint()
+    shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+def test_nothing_brings_torchvision_in() -> None:
+    Morpher(tiny_pipeline())(PICTURES, "noise", **QUICK)
+    assert not {"torchvision", "stlpips_pytorch", "lpips"} & set(sys.modules)

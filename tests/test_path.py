@@ -1,0 +1,224 @@
+"""Paths: sampling through every door, files, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_pipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from diffmorpher import Cancelled, FitConfig, MorphPath, Morpher, SampleConfig, load_lora, save_lora
+from diffmorpher.errors import ConfigError, LoraError, OutputError, PathFileError
+
+PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
+FIT, SAMPLE = FitConfig(rank=2, steps=2), SampleConfig(steps=3)
+
+
+@pytest.fixture(scope="module")
+def morpher() -> Morpher:
+    return Morpher(tiny_pipeline(), name="tiny")
+
+
+@pytest.fixture(scope="module")
+def path(morpher: Morpher) -> MorphPath:
+    return morpher.prepare(PICTURES, ["a", "b", "c"], fit=FIT, steps=3, seed=4)
+
+
+def test_every_output_is_the_same_picture(path: MorphPath) -> None:
+    positions = [0.5, 1.0, 1.75]
+    pil, array, tensor, latent = (path.sample(positions, SAMPLE, output=o) for o in ("pil", "np", "pt", "latent"))
+    assert latent.shape == (3, 4, 8, 8) and path.noises.shape == (3, 4, 8, 8)
+    assert tensor.shape == (3, 3, 32, 32) and 0 <= tensor.min() and tensor.max() <= 1
+    assert array.shape == (3, 32, 32, 3) and array.dtype == np.float32
+    assert_close(torch.from_numpy(array).permute(0, 3, 1, 2), tensor)
+    with torch.no_grad():
+        assert_close(path.backbone.decode(latent) / 2 + 0.5, tensor)
+    for image, pixels in zip(pil, array, strict=True):  # rounded, not cut
+        assert np.abs(np.asarray(image) / 255 - pixels).max() <= 0.5 / 255 + 1e-6
+    with pytest.raises(ConfigError, match="'jpeg'"):
+        path.sample(positions, SAMPLE, output="jpeg")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="from 0 to 2"):
+        path.sample([2.5], SAMPLE)
+    with pytest.raises(ConfigError, match="beyond the last image"):
+        path.sample([0.5], SampleConfig(steps=3, fix_lora=2.5))
+    assert path.sample([], SAMPLE, output="latent").shape == (0, 4, 8, 8) and path.sample([], SAMPLE) == []
+
+
+def test_other_steps_invert_anew_and_are_kept(path: MorphPath) -> None:
+    noises, before = path.noises_at(3), path.backbone.unet_rows
+    five = path.noises_at(5)
+    assert path.backbone.unet_rows - before == 3 * 5
+    assert path.noises_at(5) is five and path.noises_at(3) is noises and path.noises is noises
+    assert (five - noises).abs().max() > 1e-3
+
+
+def test_a_saved_path_samples_the_same_frames(path: MorphPath, morpher: Morpher, tmp_path: Path) -> None:
+    file = path.save(tmp_path / "deep" / "abc.morph")
+    loaded = MorphPath.load(file, morpher)
+    for config in (SAMPLE, SampleConfig(steps=4, lora_blend="product")):
+        assert torch.equal(
+            loaded.sample([0.3, 1.5], config, output="latent"), path.sample([0.3, 1.5], config, output="latent")
+        )
+    assert loaded.prompts == ["a", "b", "c"] and loaded.settings == path.settings
+    assert loaded.bank is not None and path.bank is not None and loaded.bank.start == path.bank.start is not None
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["abc.morph"]
+    frames = morpher.film(loaded, 5, SAMPLE).frames
+    assert len(frames) == 5
+
+
+def test_a_path_without_loras_and_a_loop_round_trip(morpher: Morpher, tmp_path: Path) -> None:
+    path = morpher.prepare(PICTURES[:2], fit=None, steps=2, loop=True)
+    loaded = MorphPath.load(path.save(tmp_path / "p.morph"), morpher)
+    assert loaded.bank is None and loaded.loop
+    config = SampleConfig(steps=2)
+    assert torch.equal(loaded.sample([1.5], config, output="latent"), path.sample([1.5], config, output="latent"))
+
+
+def test_a_path_of_another_model_or_a_damaged_file_is_refused(path: MorphPath, morpher: Morpher, tmp_path: Path) -> None:
+    file = path.save(tmp_path / "good.morph")
+    with pytest.raises(PathFileError, match="made with the model 'tiny', not with 'other'"):
+        MorphPath.load(file, Morpher(tiny_pipeline(seed=1), name="other"))
+    data = file.read_bytes()
+    bad = tmp_path / "bad.morph"
+    for content in (b"", b"no", data[:1000], data[: len(data) // 2], b"\xff" * 100):
+        bad.write_bytes(content)
+        with pytest.raises(PathFileError, match=r"bad\.morph is not a morph path, or is damaged"):
+            MorphPath.load(bad, morpher)
+    with pytest.raises(PathFileError, match="does not exist"):
+        MorphPath.load(tmp_path / "none.morph", morpher)
+    with pytest.raises(PathFileError):
+        MorphPath.load(tmp_path, morpher)
+    save_file({"x": torch.zeros(1)}, bad)
+    with pytest.raises(PathFileError, match="not a morph path"):
+        MorphPath.load(bad, morpher)
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["diffmorpher.path"])
+    save_file({"x": torch.zeros(1)}, bad, {"diffmorpher.path": json.dumps(header | {"version": "99"})})
+    with pytest.raises(PathFileError, match="format 99"):
+        MorphPath.load(bad, morpher)
+    save_file({"x": torch.zeros(1)}, bad, {"diffmorpher.path": json.dumps(header)})
+    with pytest.raises(PathFileError, match="damaged"):
+        MorphPath.load(bad, morpher)
+
+
+class _Runs:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_in_place_of_a_path_does_not_run(morpher: Morpher, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    (tmp_path / "evil.morph").write_bytes(pickle.dumps(_Runs(marker)))
+    with pytest.raises(PathFileError):
+        MorphPath.load(tmp_path / "evil.morph", morpher)
+    assert not marker.exists()
+    pickle.loads((tmp_path / "evil.morph").read_bytes())
+    assert marker.exists()  # it would have
+
+
+def test_an_unwritable_place_is_said_and_leaves_nothing(path: MorphPath, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        path.save(tmp_path / "file" / "p.morph")
+    assert [f.name for f in tmp_path.iterdir()] == ["file"]
+
+
+def test_fitted_loras_saved_and_given_again_are_the_same_path(path: MorphPath, morpher: Morpher, tmp_path: Path) -> None:
+    assert path.bank is not None
+    files = [save_lora(path.bank.lora(k), tmp_path / f"{k}.safetensors") for k in range(3)]
+    again = morpher.prepare(PICTURES, ["a", "b", "c"], loras=files, steps=3, seed=99)
+    assert again.bank is not None and again.bank.start == path.bank.start  # so "auto" takes factors again
+    assert torch.equal(again.noises, path.noises)
+    assert torch.equal(again.sample([0.4], SAMPLE, output="latent"), path.sample([0.4], SAMPLE, output="latent"))
+    metadata = load_lora(files[1]).metadata
+    assert metadata["prompt"] == "b" and metadata["model"] == "tiny" and metadata["rank"] == "2"
+    assert len(metadata["image_hash"]) == 64
+
+    alone = morpher.fit(PICTURES[1], "b", FIT, seed=4)
+    want = path.bank.lora(1)
+    assert alone.metadata == want.metadata
+    name = next(iter(want.up))
+    assert (alone.up[name] - want.up[name]).norm() < 5e-3 * want.up[name].norm()
+
+    with pytest.raises(ConfigError, match="2 LoRA files were given for 3 images"):
+        morpher.prepare(PICTURES, loras=files[:2])
+    with pytest.raises(LoraError, match="1.safetensors: the LoRA is for another model"):
+        Morpher(tiny_pipeline(block_out_channels=(16, 32))).prepare(PICTURES, loras=files[1:] + files[1:2])
+
+
+def test_same_seed_same_film_other_seed_another(morpher: Morpher) -> None:
+    def film(seed: int) -> list[bytes]:
+        result = morpher(PICTURES[:2], "x", num_frames=4, fit=FitConfig(rank=2, steps=3, learning_rate=1e-2), sample=SAMPLE, seed=seed)
+        return [f.tobytes() for f in result.frames]
+
+    assert film(1) == film(1) != film(2)
+
+
+def test_bad_counts_are_said_before_the_slow_part(morpher: Morpher) -> None:
+    before = morpher.backbone.unet_rows
+    for arguments, message in (
+        ({"images": PICTURES[:1]}, "at least two images"),
+        ({"images": "cat.png"}, "at least two images"),
+        ({"images": PICTURES, "num_frames": 2}, "at least 3"),
+        ({"images": PICTURES[:2], "num_frames": 1}, "at least 2"),
+        ({"images": PICTURES[:2], "num_frames": 0}, "at least 2"),
+        ({"images": PICTURES, "prompts": ["a", "b"]}, "2 prompts were given for 3 images"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            morpher(**arguments)  # type: ignore[arg-type]
+    assert morpher.backbone.unet_rows == before
+
+
+def test_result_says_all_about_itself(morpher: Morpher) -> None:
+    reported: list[tuple[str, int, int]] = []
+    result = morpher(
+        PICTURES[:2], ["a", "b"], num_frames=5, fit=FIT, sample=SAMPLE, progress=lambda *event: reported.append(event)
+    )
+    assert result.unet_rows == 2 * 2 * 3 + 2 * 3 + 2 * 5 * 3  # fit, inversion, two passes
+    assert len(result.frames) == len(result.alphas) == 5 and len(result.distances) == 4
+    assert result.alphas[0] == 0 and result.alphas[-1] == 1
+    assert result.ppl == pytest.approx(sum(result.distances)) and result.pdv == pytest.approx(np.var(result.distances))
+    assert set(result.seconds) == {"load", "fit", "invert", "schedule", "sample"}
+    assert all(result.seconds[s] > 0 for s in ("fit", "invert", "schedule", "sample"))
+    stages = list(dict.fromkeys(stage for stage, _, _ in reported))
+    assert stages == ["fit", "invert", "schedule", "sample"]
+    for stage in stages:
+        counts = [(done, total) for s, done, total in reported if s == stage]
+        assert [d for d, _ in counts] == list(range(1, counts[0][1] + 1)), stage
+    assert result.settings["fit"]["rank"] == 2 and result.settings["sample"]["steps"] == 3
+
+
+def test_a_loop_has_as_many_gaps_as_frames(morpher: Morpher) -> None:
+    result = morpher(PICTURES, num_frames=6, fit=None, sample=SAMPLE, loop=True)
+    assert len(result.frames) == len(result.distances) == 6
+    assert result.alphas[0] == 0 and {1.0, 2.0} <= set(result.alphas) and max(result.alphas) < 3
+
+
+def test_equal_images_make_a_still_film(morpher: Morpher) -> None:
+    result = morpher([PICTURES[0], PICTURES[0]], num_frames=4, fit=FIT, sample=SAMPLE)
+    assert result.ppl == pytest.approx(0, abs=1e-3)
+    assert all(np.isfinite(result.alphas))
+
+
+def test_stopping_stops_at_once(morpher: Morpher) -> None:
+    seen: list[str] = []
+
+    def stop(stage: str, done: int, total: int) -> None:
+        seen.append(stage)
+        if len(seen) == 3:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled, match="enough"):
+        morpher(PICTURES, num_frames=4, fit=FitConfig(rank=2, steps=50), sample=SAMPLE, progress=stop)
+    assert len(seen) == 3

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from diffmorpher import FitConfig, MorphPath, Morpher, SampleConfig
+from conftest import tiny_pipeline
+from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig
 from diffmorpher.interpolate import Between, noise_between
 
 POSITIONS = [0.0, 0.2, 0.5, 0.85, 1.0]

@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from conftest import tiny_pipeline
 from diffmorpher.attention import replaced_steps
 from diffmorpher.backbone import Backbone
 from diffmorpher.errors import ConfigError
@@ -226,7 +226,9 @@ def test_even_alphas_invert_the_curve(distances: list[float], num: int) -> None:
     assert len(new) == num and new == sorted(new) and new[0] == 0 and new[-1] == 1
     if total > 1e-9:
         for i, a in enumerate(new[1:-1], 1):
-            height = sum(d * min(max((a - x) / (y - x), 0), 1) for d, x, y in zip(distances, alphas, alphas[1:], strict=False))
+            height = sum(
+                d * min(max((a - x) / (y - x), 0), 1) for d, x, y in zip(distances, alphas, alphas[1:], strict=False)
+            )
             assert height / total == pytest.approx(i / (num - 1), abs=1e-6)
 
 

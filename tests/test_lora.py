@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from conftest import tiny_pipeline
 from diffmorpher import Cancelled, FitConfig, Lora, Morpher, SampleConfig
 from diffmorpher.backbone import Backbone
 from diffmorpher.errors import LoraError
@@ -109,6 +109,19 @@ def test_a_lora_of_another_model_is_named() -> None:
     for lora, what in ((wrong_shape, "8 to 5 features"), (wrong_layer, "no linear layer third")):
         with pytest.raises(LoraError, match=f"cat.safetensors.*another model.*{what}"):
             LoraBank.stack([lora], TwoLayers(), ["cat.safetensors"])
+
+
+def test_files_made_elsewhere_may_reach_1x1_convolutions() -> None:
+    """SD 1.5's proj_in is a convolution, and LoRAs trained elsewhere have it: against the merged weight."""
+    unet, generator = tiny_pipeline().unet, torch.Generator().manual_seed(0)
+    name = "down_blocks.0.attentions.0.proj_in"
+    lora = Lora({name: torch.randn(2, 32, generator=generator)}, {name: torch.randn(32, 2, generator=generator)}, {})
+    z, c = torch.randn(1, 4, 8, 8), torch.randn(1, 6, 32)
+    with torch.no_grad(), LoraBank.stack([lora], unet, ["a"]).attached(unet):
+        got = unet(z, 500, encoder_hidden_states=c).sample
+    unet.get_submodule(name).weight.data += (lora.up[name] @ lora.down[name])[:, :, None, None]
+    with torch.no_grad():
+        assert_close(got, unet(z, 500, encoder_hidden_states=c).sample, rtol=1e-4, atol=1e-5)
 
 
 def test_all_loras_start_from_one_draw_that_is_named() -> None:
@@ -211,7 +224,13 @@ def test_a_users_pipeline_comes_back_unchanged(pipe) -> None:  # type: ignore[no
 
     def state() -> tuple[object, ...]:
         modules = {
-            f"{part}.{name}": (type(m), m.training, dict(m._forward_hooks), dict(m._forward_pre_hooks), "forward" in vars(m))
+            f"{part}.{name}": (
+                type(m),
+                m.training,
+                dict(m._forward_hooks),
+                dict(m._forward_pre_hooks),
+                "forward" in vars(m),
+            )
             for part in ("unet", "vae", "text_encoder")
             for name, m in getattr(pipe, part).named_modules()
         }
@@ -221,7 +240,14 @@ def test_a_users_pipeline_comes_back_unchanged(pipe) -> None:  # type: ignore[no
             for name, p in getattr(pipe, part).named_parameters()
         }
         processors = {name: id(p) for name, p in pipe.unet.attn_processors.items()}
-        return modules, parameters, processors, id(pipe.scheduler), dict(pipe.scheduler.config), pipe.scheduler.num_inference_steps
+        return (
+            modules,
+            parameters,
+            processors,
+            id(pipe.scheduler),
+            dict(pipe.scheduler.config),
+            pipe.scheduler.num_inference_steps,
+        )
 
     def weights() -> list[Tensor]:
         return [p.clone() for part in ("unet", "vae", "text_encoder") for p in getattr(pipe, part).parameters()]

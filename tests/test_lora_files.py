@@ -376,14 +376,14 @@ def test_kohya_alpha_is_per_layer_and_optional(unet, tmp_path):
     assert_same(load_lora(tmp_path / "x.safetensors"), Lora(lora.down, up, {}))
 
 
-def test_kohya_names_of_every_linear_layer(tmp_path):
-    """The oracle is the U-Net itself: all its linear layers' names survive the loss of their dots. SD and SDXL."""
+def test_kohya_names_of_every_layer(tmp_path):
+    """The oracle is the U-Net itself, SD and SDXL: the names of all its layers survive the loss of their dots."""
     sdxl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     sdxl |= {"projection_class_embeddings_input_dim": 96, "transformer_layers_per_block": 12}
     with torch.device("meta"):
         networks = [tiny_unet(), tiny_unet(**sdxl)]
     for network in networks:
-        names = linear_layers(network)
+        names = [n for n, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         assert any("proj_in" in n for n in names) and any("ff.net.0.proj" in n for n in names)
         tensors = {f"{kohya(n)}.lora_down.weight": torch.ones(1, 2) for n in names}
         tensors |= {f"{kohya(n)}.lora_up.weight": torch.ones(3, 1) for n in names}
@@ -398,6 +398,16 @@ def test_linear_layers_written_as_1x1_convolutions(unet, tmp_path):
     tensors = tensors_of(lora, LAYOUTS["kohya"])
     save_file({k: t[..., None, None] for k, t in tensors.items()}, tmp_path / "x.safetensors")
     assert_same(load_lora(tmp_path / "x.safetensors"), lora)
+
+
+def test_pickled_tensors_of_any_make(unet, tmp_path):
+    """A checkpoint may hold parameters and other strides."""
+    lora = random_lora(unet)
+    tensors = tensors_of(lora, LAYOUTS["diffusers"])
+    torch.save({k: nn.Parameter(t.T.contiguous()).T for k, t in tensors.items()}, tmp_path / "x.ckpt")
+    loaded = load_lora(tmp_path / "x.ckpt")
+    assert_same(loaded, lora)
+    assert all(t.is_contiguous() and not t.requires_grad for t in (*loaded.down.values(), *loaded.up.values()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -432,7 +442,8 @@ def pair(layer: str, rank: int = 2) -> dict[str, Tensor]:
 def test_skips_what_is_no_linear_layer_of_the_unet(tmp_path):
     conv, cp = "lora_unet_down_blocks_0_resnets_0_conv1", "lora_unet_down_blocks_0_resnets_0_conv2"
     tensors = pair(kohya(LAYER)) | pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj") | pair("bundle_emb")
-    tensors |= {f"lora_te_text_model_encoder_layers_{i}_mlp_fc1.alpha": torch.tensor(1.0) for i in range(2)}
+    tensors |= {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0) for i in (1, 2)}
+    tensors |= {f"{LAYER}.lora_A.weight.absmax": torch.ones(1)}
     tensors |= {f"{conv}.lora_down.weight": torch.ones(2, 3, 3, 3), f"{conv}.lora_up.weight": torch.ones(5, 2, 1, 1)}
     # A three-factor convolution: its outer factors alone look like a linear layer.
     tensors |= {k: t[..., None, None] for k, t in pair(cp).items()} | {f"{cp}.lora_mid.weight": torch.ones(2, 2, 3, 3)}
@@ -442,7 +453,7 @@ def test_skips_what_is_no_linear_layer_of_the_unet(tmp_path):
         lora = load_lora(path)
     assert list(lora.down) == list(lora.up) == [LAYER]
     assert [str(w.message) for w in caught] == [
-        f"{path}: LoRA layers skipped: 2 convolution, 1 other, 3 text-encoder; only a U-Net's linear layers are used."
+        f"{path}: LoRA layers skipped: 2 convolution, 2 other, 3 text-encoder; only a U-Net's linear layers are used."
     ]
     assert caught[0].filename == __file__
 
@@ -572,6 +583,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank 0": (of_pair(down=torch.ones(0, 3), up=torch.ones(5, 0)), r"shape \(0, 3\)"),
     "integers": (of_pair(down=torch.ones(2, 3, dtype=torch.int8)), "torch.int8 tensor"),
     "sparse": (of_pair(down=torch.ones(2, 3).to_sparse()), r"torch.float32 tensor of shape \(2, 3\)"),
+    "no data": (of_pair(down=torch.ones(2, 3, device="meta")), r"torch.float32 tensor of shape \(2, 3\)"),
     "many alphas": (of_pair(alpha=torch.ones(2)), r"alpha of shape \(2,\)"),
     "a layer twice": (safetensors_of(pair(f"unet.{LAYER}") | pair(LAYER)), f"has layer {LAYER} twice"),
     "LoHa": (safetensors_of({f"{kohya(LAYER)}.hada_w1_a": torch.ones(2, 2)}), "LoHa file, which is not supported"),

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_pipeline
 from diffusers import PNDMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
+from conftest import tiny_pipeline
 from diffmorpher import FitConfig, Morpher, SampleConfig
 from diffmorpher.backbone import Backbone
 from diffmorpher.catalog import CATALOG, check_model, choose_device, choose_dtype

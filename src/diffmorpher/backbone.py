@@ -126,7 +126,10 @@ class Backbone:
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         scale = self.vae.config.scaling_factor
         mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-        return mean.contiguous(), std.contiguous()  # not in the VAE's memory format: a saved path must round as a fresh one
+        return (
+            mean.contiguous(),
+            std.contiguous(),
+        )  # not in the VAE's memory format: a saved path must round as a fresh one
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), float32, in [-1, 1]."""
@@ -200,13 +203,17 @@ class Backbone:
 
 def _check_kind(pipe: Any) -> None:
     kind = type(pipe).__name__
-    missing = [part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipe, part, None) is None]
+    missing = [
+        part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipe, part, None) is None
+    ]
     if missing or not isinstance(pipe.unet, UNet2DConditionModel):
         raise ModelError(
             f"{kind} is not a Stable Diffusion 1.x or 2.x pipeline (it lacks {', '.join(missing) or 'a UNet2DConditionModel'})."
         )
     if getattr(pipe, "text_encoder_2", None) is not None or pipe.unet.config.addition_embed_type is not None:
-        raise ModelError(f"{kind} is of the SDXL family, which is not supported yet; use a Stable Diffusion 1.x or 2.x model.")
+        raise ModelError(
+            f"{kind} is of the SDXL family, which is not supported yet; use a Stable Diffusion 1.x or 2.x model."
+        )
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
         raise ModelError(
             f"the U-Net takes {pipe.unet.config.in_channels} channels where the VAE gives {pipe.vae.config.latent_channels}; "

@@ -16,6 +16,9 @@ from .errors import ConfigError
 #: `progress(stage, done, total)`; stages are "fit", "invert", "schedule", "sample". Raise `Cancelled` in it to stop the run.
 ProgressCallback = Callable[[str, int, int], None]
 
+#: Frames of a film where nothing else is asked for.
+NUM_FRAMES = 16
+
 
 def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
     if not condition:
@@ -51,7 +54,10 @@ class FitConfig:
             _is_real(self.learning_rate) and self.learning_rate > 0, "LoRA rate", self.learning_rate, "a number above 0"
         )
         _require(
-            _is_real(self.weight_decay) and self.weight_decay >= 0, "weight decay", self.weight_decay, "0 or a number above"
+            _is_real(self.weight_decay) and self.weight_decay >= 0,
+            "weight decay",
+            self.weight_decay,
+            "0 or a number above",
         )
 
 
@@ -88,7 +94,10 @@ class SampleConfig:
         )
         _require(self.attention_mode in ("features", "kv"), "attention mode", self.attention_mode, '"features" or "kv"')
         _require(
-            self.lora_blend in ("auto", "factors", "product"), "LoRA blend", self.lora_blend, '"auto", "factors" or "product"'
+            self.lora_blend in ("auto", "factors", "product"),
+            "LoRA blend",
+            self.lora_blend,
+            '"auto", "factors" or "product"',
         )
         _require(
             _is_real(self.guidance_scale) and self.guidance_scale >= 1,
@@ -107,6 +116,15 @@ class SampleConfig:
             "batch size",
             self.batch_size,
             '"auto" or a whole number of at least 1',
+        )
+
+    def check_images(self, num_images: int) -> None:
+        """Raise `ConfigError` where a setting does not fit a morph of that many images."""
+        _require(
+            self.fix_lora is None or self.fix_lora <= num_images - 1,
+            "fixed LoRA mix",
+            self.fix_lora,
+            f"a position from 0 to {num_images - 1}, the last image's",
         )
 
 

@@ -28,9 +28,7 @@ def fit_loras(
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     device = mean.device
     with torch.enable_grad(), backbone.borrowed():
-        bank = LoraBank.create(
-            attention_projections(backbone.unet), len(mean), config.rank, seed, device
-        )
+        bank = LoraBank.create(attention_projections(backbone.unet), len(mean), config.rank, seed, device)
         parameters = [p.requires_grad_() for p in bank.parameters()]
         optimizer = torch.optim.AdamW(
             parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
@@ -38,7 +36,9 @@ def fit_loras(
         with bank.attached(backbone.unet):
             for step in range(config.steps):
                 t = torch.randint(backbone.num_train_timesteps, (1,), generator=generator).expand(len(mean)).to(device)
-                eps, draw = torch.randn(2, 1, *mean.shape[1:], generator=generator).to(device).expand(-1, *mean.shape).unbind(0)
+                eps, draw = (
+                    torch.randn(2, 1, *mean.shape[1:], generator=generator).to(device).expand(-1, *mean.shape).unbind(0)
+                )
                 x_0 = mean + std * draw
                 output = backbone.predict(backbone.add_noise(x_0, eps, t), t, conditioning)
                 target = backbone.training_target(x_0, eps, t)

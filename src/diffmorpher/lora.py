@@ -19,7 +19,7 @@ PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 def attention_projections(unet: nn.Module) -> dict[str, nn.Linear]:
     """The projections of every attention layer of the U-Net, self and cross, by module path."""
     return {
-        f"{name}.{projection}": module.get_submodule(projection)  # type: ignore[misc]
+        f"{name}.{projection}": module.get_submodule(projection)
         for name, module in unet.named_modules()
         if name.endswith((".attn1", ".attn2"))
         for projection in PROJECTIONS
@@ -63,14 +63,14 @@ class LoraBank:
 
         names: what to call each LoRA in an error, its file say. Raises `LoraError` if one does not fit the U-Net.
         """
-        linears = {name: module for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
+        linears = _linear_layers(unet)
         for lora, name in zip(loras, names, strict=True):
             _check_fits(lora, linears, name)
         layers = [name for name in linears if any(name in lora.down for lora in loras)]
         down, up = {}, {}
         for layer in layers:
             rank = max(lora.down[layer].shape[0] for lora in loras if layer in lora.down)
-            out_features, in_features = linears[layer].weight.shape
+            out_features, in_features = linears[layer].weight.shape[:2]
             down[layer] = torch.zeros(len(loras), rank, in_features, device=device)
             up[layer] = torch.zeros(len(loras), out_features, rank, device=device)
             for k, lora in enumerate(loras):
@@ -143,23 +143,34 @@ class LoraBank:
     def _hook(self, name: str) -> Any:
         def add_lora(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
             down, up = (self.down[name], self.up[name]) if self._rows is None else self._rows[name]
-            x = args[0]  # (B, N, in), for time embeddings (B, in)
-            flat = x.reshape(x.shape[0], -1, x.shape[-1])
+            x = args[0]  # (B, N, in); (B, in) for time embeddings; (B, in, H, W) for 1 x 1 convolutions
+            pixels = isinstance(module, nn.Conv2d)
+            flat = x.flatten(2).transpose(1, 2) if pixels else x.reshape(x.shape[0], -1, x.shape[-1])
             low = torch.bmm(flat, down.to(x.dtype).transpose(1, 2))  # (B, N, r)
             high = torch.bmm(low, up.to(x.dtype).transpose(1, 2))  # (B, N, out)
-            return output + high.reshape(output.shape)
+            return output + (high.transpose(1, 2) if pixels else high).reshape(output.shape)
 
         return add_lora
 
 
-def _check_fits(lora: Lora, linears: dict[str, nn.Linear], name: str) -> None:
+def _linear_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers a LoRA may add to, by module path: linear ones, and 1 x 1 convolutions, which are linear per pixel."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
+    }
+
+
+def _check_fits(lora: Lora, linears: dict[str, nn.Linear | nn.Conv2d], name: str) -> None:
     for layer, down in lora.down.items():
         linear = linears.get(layer)
         if linear is None:
             raise LoraError(f"{name}: the LoRA is for another model (this one has no linear layer {layer}).")
         up = lora.up[layer]
-        if (up.shape[0], down.shape[1]) != tuple(linear.weight.shape):
+        out_features, in_features = linear.weight.shape[:2]
+        if (up.shape[0], down.shape[1]) != (out_features, in_features):
             raise LoraError(
                 f"{name}: the LoRA is for another model (its {layer} maps {down.shape[1]} to {up.shape[0]} features, "
-                f"this model's {linear.in_features} to {linear.out_features})."
+                f"this model's {in_features} to {out_features})."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from .backbone import Backbone
 from .catalog import ModelSpec, choose_device, choose_dtype, load_pipeline
-from .config import FitConfig, ProgressCallback, SampleConfig, ScheduleConfig
-from .errors import ConfigError
+from .config import NUM_FRAMES, FitConfig, ProgressCallback, SampleConfig, ScheduleConfig
+from .errors import ConfigError, DiffMorpherError
 from .film import save_film
 from .fit import fit_loras
 from .lora import LoraBank
@@ -103,7 +104,7 @@ class Morpher:
         images: Sequence[ImageSource],
         prompts: str | Sequence[str] | None = None,
         loras: Sequence[str | os.PathLike[str] | Lora] | None = None,
-        fit: FitConfig | None | Literal["recommended"] = "recommended",
+        fit: FitConfig | Literal["recommended"] | None = "recommended",
         seed: int = 0,
         *,
         size: tuple[int, int] | None = None,
@@ -204,7 +205,7 @@ class Morpher:
     def film(
         self,
         path: MorphPath,
-        num_frames: int = 16,
+        num_frames: int = NUM_FRAMES,
         sample: SampleConfig | None = None,
         schedule: ScheduleConfig | None = None,
         progress: ProgressCallback | None = None,
@@ -230,7 +231,12 @@ class Morpher:
             with _timed(seconds, stage):
                 pixels = path.decode(path.sample_latents(positions, sample, report))
                 closed = torch.cat([pixels, pixels[:1]]) if path.loop else pixels
-                return pixels, perceptual.consecutive(closed).tolist()
+                distances = perceptual.consecutive(closed).tolist()
+                if not all(map(math.isfinite, distances)):
+                    raise DiffMorpherError(
+                        "the model gave no valid picture (NaN): lower the LoRA rate, or use float32."
+                    )
+                return pixels, distances
 
         if schedule.enabled and num_frames > (2 if not path.loop else 1):
             _, distances = frames_at(positions, "schedule")
@@ -254,10 +260,10 @@ class Morpher:
         self,
         images: Sequence[ImageSource],
         prompts: str | Sequence[str] | None = None,
-        num_frames: int = 16,
+        num_frames: int = NUM_FRAMES,
         *,
         loras: Sequence[str | os.PathLike[str] | Lora] | None = None,
-        fit: FitConfig | None | Literal["recommended"] = "recommended",
+        fit: FitConfig | Literal["recommended"] | None = "recommended",
         sample: SampleConfig | None = None,
         schedule: ScheduleConfig | None = None,
         size: tuple[int, int] | None = None,
@@ -278,7 +284,8 @@ class Morpher:
             if progress:
                 progress(stage, done, total)
 
-        uniform_positions(num_frames, len(images), loop)  # too few frames: say so before the slow part
+        uniform_positions(num_frames, len(images), loop)  # what cannot work is said before the slow part
+        sample.check_images(len(images))
         path = self.prepare(
             images, prompts, loras, fit, seed, size=size, resize=resize, steps=sample.steps, loop=loop, progress=watch
         )

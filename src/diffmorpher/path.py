@@ -118,8 +118,7 @@ class MorphPath:
         where = Between.images(alphas, self.num_images, self.loop)
         if len(where.alpha) == 0:
             return self.latents.new_empty(0, *self.latents.shape[1:])
-        if config.fix_lora is not None and config.fix_lora > self.num_images - 1:
-            raise ConfigError(f"the fixed LoRA mix {config.fix_lora:g} is beyond the last image, {self.num_images - 1}.")
+        config.check_images(self.num_images)
         noises = self.noises_at(config.steps, progress)
         chunks = _chunks(where, _batch_size(config, noises))
         done, total = 0, len(chunks) * config.steps
@@ -138,7 +137,9 @@ class MorphPath:
                 if self.bank:
                     fixed = [config.fix_lora] * len(chunk.positions) if config.fix_lora is not None else chunk.positions
                     weights = Between.images(fixed, self.num_images, self.loop).weights(self.num_images)
-                    self.bank.set_rows(weights.repeat(2, 1) if unconditional is not None else weights, config.lora_blend)
+                    self.bank.set_rows(
+                        weights.repeat(2, 1) if unconditional is not None else weights, config.lora_blend
+                    )
                 left, right = at.left.to(noises.device), at.right.to(noises.device)
                 latents = denoise(
                     self.backbone,
@@ -206,9 +207,13 @@ class MorphPath:
         except FileNotFoundError as error:
             raise PathFileError(f"the path file {source} does not exist.") from error
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise PathFileError(f"{source} is not a morph path, or is damaged; make it again with --save-path.") from error
+            raise PathFileError(
+                f"{source} is not a morph path, or is damaged; make it again with --save-path."
+            ) from error
         if header["version"] != _VERSION:
-            raise PathFileError(f"{source} was written by another version of diffmorpher (format {header['version']}); make it again.")
+            raise PathFileError(
+                f"{source} was written by another version of diffmorpher (format {header['version']}); make it again."
+            )
         if header["fingerprint"] != backbone.fingerprint():
             raise PathFileError(
                 f"{source} was made with the model {header['model']!r}, not with {backbone.name!r}; load that model."
@@ -224,7 +229,14 @@ class MorphPath:
             bank = LoraBank(down, up, header["loras"])
         noises = {int(name.removeprefix("noises.")): t for name, t in tensors.items() if name.startswith("noises.")}
         return cls(
-            backbone, tensors["latents"], tensors["conditioning"], bank, header["prompts"], header["loop"], header["settings"], noises
+            backbone,
+            tensors["latents"],
+            tensors["conditioning"],
+            bank,
+            header["prompts"],
+            header["loop"],
+            header["settings"],
+            noises,
         )
 
 

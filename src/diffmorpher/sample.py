@@ -39,12 +39,18 @@ def denoise(
         assert unconditional is not None
         conditioning = torch.cat([unconditional.expand(batch, -1, -1), conditioning])
         # The unconditional half has its own end rows.
-        rows = Between(torch.cat([rows.left, rows.left + batch]), torch.cat([rows.right, rows.right + batch]), rows.alpha.repeat(2))
+        rows = Between(
+            torch.cat([rows.left, rows.left + batch]), torch.cat([rows.right, rows.right + batch]), rows.alpha.repeat(2)
+        )
     for i in range(len(schedule)):
         level = len(schedule) - i
-        attention = interpolated_attention(backbone.unet, rows, config.attention_mode) if i < replaced else nullcontext()
+        attention = (
+            interpolated_attention(backbone.unet, rows, config.attention_mode) if i < replaced else nullcontext()
+        )
         with attention:
-            eps = backbone.predict_noise(z.repeat(2, 1, 1, 1) if guided else z, schedule.timesteps[level - 1], conditioning)
+            eps = backbone.predict_noise(
+                z.repeat(2, 1, 1, 1) if guided else z, schedule.timesteps[level - 1], conditioning
+            )
         if guided:
             free, conditional = eps.chunk(2)
             eps = free + config.guidance_scale * (conditional - free)

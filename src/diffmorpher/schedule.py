@@ -57,9 +57,7 @@ def uniform_positions(num_frames: int, num_images: int, loop: bool = False) -> l
     Raises `ConfigError` when the frames are too few to show every image.
     """
     stretches, gaps = _stretches(num_frames, num_images, loop)
-    positions = [
-        k + i / share for k, share in enumerate(share_gaps(gaps, [1.0] * stretches)) for i in range(share)
-    ]
+    positions = [k + i / share for k, share in enumerate(share_gaps(gaps, [1.0] * stretches)) for i in range(share)]
     return positions if loop else [*positions, float(stretches)]
 
 

@@ -1,0 +1,3 @@
+from diffmorpher.cli import main
+
+main()

@@ -1,0 +1,389 @@
+"""The command line: `diffmorpher demo`, `morph`, `fit` and `info`.
+
+Nothing is decided here: an option that was not typed is not passed on, so the library's default holds. What needs no
+model is checked before anything slow is imported or loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import options as o
+from .checks import (
+    check_alone,
+    check_counts,
+    check_file,
+    check_fps,
+    check_loras,
+    check_outputs,
+    check_seed,
+    load_pictures,
+    parse_batch_size,
+    parse_size,
+)
+from .config import FitConfig, SampleConfig, ScheduleConfig
+from .errors import DiffMorpherError, OutputError, UserError
+from .film import check_output
+from .media import load_image
+from .progress import StageBars, console, quiet_bars, quiet_libraries, say, show_seconds, show_warnings
+
+if TYPE_CHECKING:
+    from .morpher import Morpher, MorphResult
+
+#: What `diffmorpher demo` morphs: the name of a picture in assets/demo, and its prompt.
+DEMO = (("lion-face", "a lion face"), ("tiger-face", "a tiger face"))
+
+app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+
+
+# ---- commands
+
+
+@app.callback(invoke_without_command=True)
+def _top(context: typer.Context, show_version: o.Version = False) -> None:
+    """Smooth, natural morphs between pictures with a diffusion model.
+
+    Start with [bold]diffmorpher demo[/bold], then [bold]diffmorpher morph a.png b.png -o film.mp4[/bold].
+    """
+    if show_version:
+        typer.echo(version("diffmorpher"))
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def demo(
+    out: o.OutFolder = Path("diffmorpher-demo"), seed: o.Seed = None, as_json: o.Json = False, debug: o.Debug = False
+) -> None:
+    """Morph two bundled pictures with the bundled model: a film, a gif and a contact sheet."""
+    started = time.perf_counter()
+    _begin(debug)
+    check_seed(seed)
+    stem = "-".join(name for name, _ in DEMO)
+    outputs = [check_output(out / f"{stem}{suffix}") for suffix in (".mp4", ".gif", ".png")]
+    from .catalog import ASSETS
+
+    images = [load_image(ASSETS / "demo" / f"{name}.png") for name, _ in DEMO]
+    morpher = _load()
+    loaded = time.perf_counter()
+    with StageBars() as progress:
+        result = morpher(images, [prompt for _, prompt in DEMO], progress=progress, **_given(seed=seed))
+    seconds = _save(result, outputs, loaded - started)
+    _summary(result, seconds)
+    if as_json:
+        _print_json(result, outputs[0], seconds)
+    say(f"Look at {outputs[0]} (film), {outputs[1].name} (for web pages) and {outputs[2].name} (all frames at once).")
+
+
+@app.command()
+def morph(
+    images: o.Images,
+    out: o.Out,
+    frames: o.Frames = None,
+    fps: o.Fps = None,
+    loop: o.Loop = False,
+    save_frames: o.SaveFrames = None,
+    save_path: o.SavePath = None,
+    prompts: o.Prompts = None,
+    size: o.Size = None,
+    resize: o.Resize = None,
+    lora_steps: o.LoraSteps = None,
+    lora_rank: o.LoraRank = None,
+    lora_lr: o.LoraLr = None,
+    lora: o.Loras = None,
+    no_lora: o.NoLora = False,
+    fix_lora: o.FixLora = None,
+    lora_blend: o.LoraBlend = None,
+    steps: o.Steps = None,
+    attention_lambda: o.AttentionLambda = None,
+    attention_mode: o.AttentionMode = None,
+    no_attention: o.NoAttention = False,
+    no_adain: o.NoAdain = False,
+    no_reschedule: o.NoReschedule = False,
+    guidance: o.Guidance = None,
+    model: o.Model = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Morph pictures into a film."""
+    started = time.perf_counter()
+    _begin(debug)
+    check_outputs(out, save_frames, save_path, images)
+    check_fps(fps)
+    check_seed(seed)
+    pixels = parse_size(size)
+    lora, prompts = lora or [], prompts or []
+    check_alone(("--no-lora", no_lora), ("--lora", lora))
+    for name, value in (("--lora-steps", lora_steps), ("--lora-rank", lora_rank), ("--lora-lr", lora_lr)):
+        check_alone((name, value), ("--no-lora", no_lora))
+        check_alone((name, value), ("--lora", lora))
+    check_alone(("--no-attention", no_attention), ("--attention-lambda", attention_lambda))
+    fit = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
+    FitConfig(**fit)
+    sample = SampleConfig(
+        **_given(
+            steps=steps,
+            attention_lambda=0.0 if no_attention else attention_lambda,
+            attention_mode=attention_mode,
+            lora_blend=lora_blend,
+            adain=False if no_adain else None,
+            guidance_scale=guidance,
+            fix_lora=fix_lora,
+            batch_size=parse_batch_size(batch_size),
+        )
+    )
+    check_counts(len(images), len(prompts), len(lora), frames, loop)
+    sample.check_images(len(images))
+    pictures = load_pictures(images, loop)
+    check_loras(lora)
+    morpher = _load(model, device, dtype)
+    loaded = time.perf_counter()
+    options = _given(
+        num_frames=frames,
+        loras=lora or None,
+        size=pixels,
+        resize=resize,
+        seed=seed,
+        schedule=ScheduleConfig(enabled=False) if no_reschedule else None,
+    )
+    if no_lora:
+        options["fit"] = None
+    elif fit:
+        options["fit"] = replace(morpher.spec.fit, **fit)
+    with StageBars() as progress:
+        result = morpher(pictures, prompts or None, sample=sample, loop=loop, progress=progress, **options)
+    seconds = _save(result, [out, *([save_frames] if save_frames else [])], loaded - started, fps, save_path)
+    _summary(result, seconds)
+    if as_json:
+        _print_json(result, out, seconds)
+
+
+@app.command()
+def fit(
+    image: o.Image,
+    prompt: o.Prompt,
+    out: o.OutLora,
+    lora_steps: o.LoraSteps = None,
+    lora_rank: o.LoraRank = None,
+    lora_lr: o.LoraLr = None,
+    size: o.Size = None,
+    resize: o.Resize = None,
+    model: o.Model = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    seed: o.Seed = None,
+    debug: o.Debug = False,
+) -> None:
+    """Fit one picture's LoRA, to be used in any number of morphs."""
+    started = time.perf_counter()
+    _begin(debug)
+    if out.suffix.lower() != ".safetensors":
+        raise OutputError(f"output {str(out)!r} must end in .safetensors: a LoRA is written in no other format.")
+    check_file(out)
+    check_seed(seed)
+    pixels = parse_size(size)
+    typed = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
+    FitConfig(**typed)
+    picture = load_image(image)
+    morpher = _load(model, device, dtype)
+    from .lora_files import save_lora
+
+    options = _given(size=pixels, resize=resize, seed=seed)
+    with StageBars() as progress:
+        made = morpher.fit(picture, prompt, replace(morpher.spec.fit, **typed), progress=progress, **options)
+    save_lora(made, out)
+    say(f"Wrote {out} in {time.perf_counter() - started:.1f} s.")
+
+
+@app.command()
+def info(debug: o.Debug = False) -> None:
+    """Versions, devices, and which models are here."""
+    _begin(debug)
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from .catalog import CATALOG, default_device
+
+    table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    for name in ("diffmorpher", "torch", "diffusers", "transformers"):
+        table.add_row(name, version(name))
+    table.add_row("python", platform.python_version(), end_section=True)
+    for name, about in _devices():
+        table.add_row(name, about, "default" if name == str(default_device()) else "")
+    table.add_section()
+    cached = _cached_models()
+    for name, spec in CATALOG.items():
+        where = "bundled" if Path(spec.source).is_dir() else cached.get(spec.source, "not downloaded yet")
+        table.add_row(name, spec.about, where)
+    known = {spec.source for spec in CATALOG.values()}
+    for name, where in cached.items():
+        if name not in known:
+            table.add_row(name, "", where)
+    table.add_section()
+    table.add_row("model cache", HF_HUB_CACHE)
+    Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+# ---- steps of a command
+
+
+def _begin(debug: bool) -> None:
+    quiet_libraries()
+    show_warnings(others=debug)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    """Those that the user typed."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _load(model: str | None = None, device: str | None = None, dtype: str | None = None) -> Morpher:
+    """The model, after its name, the device and the dtype have been checked, which is quicker than loading it."""
+    from .catalog import check_model, choose_device, choose_dtype
+
+    if model is not None:
+        check_model(model)
+    choose_dtype(dtype, choose_device(device))
+    with console.status("loading the model"):
+        from .morpher import Morpher
+
+        quiet_bars()
+        return Morpher.from_pretrained(**_given(model=model, device=device, dtype=dtype))
+
+
+def _save(
+    result: MorphResult, outputs: Sequence[Path], load: float, fps: float | None = None, save_path: Path | None = None
+) -> dict[str, float]:
+    """Write the film in each place; return the seconds of every stage."""
+    started = time.perf_counter()
+    for output in outputs:
+        result.save(output, **_given(fps=fps))
+    if save_path:
+        result.path.save(save_path)
+    for output in [*outputs, *([save_path] if save_path else [])]:
+        say(f"Wrote {output}")
+    return result.seconds | {"load": load, "save": time.perf_counter() - started}
+
+
+def _summary(result: MorphResult, seconds: dict[str, float]) -> None:
+    show_seconds(seconds)
+    say(f"{len(result.frames)} frames, {result.unet_rows} U-Net rows, PPL {result.ppl:.3f}, PDV {result.pdv:.2e}")
+
+
+def _print_json(result: MorphResult, output: Path, seconds: dict[str, float]) -> None:
+    figures = {
+        "output": str(output),
+        "frames": len(result.frames),
+        "alphas": result.alphas,
+        "distances": result.distances,
+        "ppl": result.ppl,
+        "pdv": result.pdv,
+        "seconds": {stage: round(s, 3) for stage, s in seconds.items()},
+        "unet_rows": result.unet_rows,
+        **{name: result.settings[name] for name in ("model", "device", "seed")},
+    }
+    print(json.dumps(figures, allow_nan=False))
+
+
+def _devices() -> list[tuple[str, str]]:
+    """(name, description) of every device torch can use here."""
+    import torch
+
+    found = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores")]
+    for i in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(i)
+        found.append((f"cuda:{i}" if i else "cuda", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"))
+    if torch.backends.mps.is_available():
+        found.append(("mps", "Apple"))
+    return found
+
+
+def _cached_models() -> dict[str, str]:
+    """Hub id and a remark for each diffusers model in the hub's cache; asks no network."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return {}
+    return {
+        repo.repo_id: f"in the cache, {repo.size_on_disk / 1e9:.1f} GB"
+        for repo in sorted(repos, key=lambda repo: repo.repo_id)
+        if any(file.file_name == "model_index.json" for revision in repo.revisions for file in revision.files)
+    }
+
+
+# ---- the way in and out
+
+
+def main() -> None:
+    """The console script. Exit status 0; 2 for a mistake of the user's; 1 for a failure at work; 130 when stopped."""
+    arguments = sys.argv[1:]
+    try:
+        status = typer.main.get_command(app).main(arguments, prog_name="diffmorpher", standalone_mode=False) or 0
+        sys.stdout.flush()
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except BrokenPipeError:
+        status = 1
+    except Exception as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        message, status = _explain(error)
+        say(f"diffmorpher: error: {message}")
+    if status == 130:  # typer returns it for Ctrl-C
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would only break into the way out
+        say("diffmorpher: stopped")
+    _close_stdout()
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One sentence for the user, and the exit status."""
+    if isinstance(error, typer.TyperException):
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "diffmorpher"
+        message = error.format_message().rstrip(".").replace("Value error, ", "")
+        for problem in getattr(error.__cause__, "errors", list)():  # typer leaves out what was typed
+            if repr(problem["input"]) not in message:
+                message += f", not {problem['input']!r}"
+        return f"{message}; see '{command} --help'.", 2
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, DiffMorpherError):
+        return str(error), 1
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or any(sign in text for sign in ("out of memory", "can't allocate memory")):
+        return "out of memory: try --batch-size 1, or a smaller --size.", 1
+    return f"{type(error).__name__}: {text} (--debug shows where)", 1
+
+
+def _close_stdout() -> None:
+    """Nobody may be left to read standard output: then Python must not complain on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

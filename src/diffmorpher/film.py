@@ -290,14 +290,16 @@ def _write_gif(pictures: Sequence[Image.Image], file: Path, fps: float, settings
 
 
 def _palette(pictures: Sequence[Image.Image]) -> Image.Image:
-    """One palette for the whole film, so that colours do not flicker: white, and 255 cut from up to 16 frames."""
+    """One palette for the whole film, so that colours do not flicker: white, and 255 chosen from up to 16 frames."""
     some = [pictures[i] for i in sorted({round(i) for i in np.linspace(0, len(pictures) - 1, 16)})]
     small = []
     for picture in some:
         copy = picture.copy()
-        copy.thumbnail((128, 128), Image.Resampling.NEAREST)  # nearest: keeps the film's own colours, mixes no new ones
+        copy.thumbnail((96, 96), Image.Resampling.NEAREST)  # nearest: keeps the film's own colours, mixes no new ones
         small.append(copy)
-    colours = contact_sheet(small, gap=0).quantize(255, method=Image.Quantize.MEDIANCUT).getpalette("RGB") or []
+    # Without the k-means the entries sit so far apart that dithering shows as specks.
+    method = Image.Quantize.MAXCOVERAGE
+    colours = contact_sheet(small, gap=0).quantize(255, method=method, kmeans=1).getpalette("RGB") or []
     image = Image.new("P", (1, 1))
     image.putpalette([255, 255, 255, *colours])
     return image

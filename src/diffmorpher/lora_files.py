@@ -112,7 +112,7 @@ def save_lora(lora: Lora, path: str | os.PathLike[str]) -> Path:
 def load_lora(path: str | os.PathLike[str]) -> Lora:
     """Read the U-Net's linear layers from a LoRA file (layouts: see the module), without running pickled code.
 
-    Text-encoder layers, convolutions and layers of other networks are skipped with one warning that counts them.
+    Text-encoder layers, convolutions wider than 1x1 and other networks are skipped, with one warning that counts them.
     Raises `LoraError` if the file is missing, damaged, unsafe, no LoRA, of an unsupported kind (LoHa, LoKr, DoRA, OFT,
     Stability's block names) or inconsistent (a matrix without its partner, ranks that differ, NaN or infinite numbers).
     """

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .morpher import Morpher, MorphResult
 
 #: What `diffmorpher demo` morphs: the name of a picture in assets/demo, and its prompt.
-DEMO = (("lion-face", "a lion face"), ("tiger-face", "a tiger face"))
+DEMO = (("tiger-face", "a tiger face"), ("wolf-face", "a wolf face"))
 
 app = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
 

@@ -55,13 +55,14 @@ def lerp(x_0: Tensor, x_1: Tensor, alpha: Tensor) -> Tensor:
 
 def slerp(z_0: Tensor, z_1: Tensor, alpha: Tensor) -> Tensor:
     """Spherical interpolation over each row's whole flattened latent, in float64 (section 5).   # (B, ...) -> (B, ...)"""
-    x, y = z_0.double().flatten(1), z_1.double().flatten(1)
+    # On the CPU, since not every device has float64.
+    x, y = z_0.cpu().double().flatten(1), z_1.cpu().double().flatten(1)
     norms = x.norm(dim=1) * y.norm(dim=1)
     cos = ((x * y).sum(1) / norms.clamp_min(1e-300)).clamp(-1 + 1e-7, 1 - 1e-7)
     theta = cos.acos()
     a = alpha.to(theta)
     w_0, w_1 = ((1 - a) * theta).sin() / theta.sin(), (a * theta).sin() / theta.sin()
-    return (w_0[:, None] * x + w_1[:, None] * y).reshape(z_0.shape).to(z_0.dtype)
+    return (w_0[:, None] * x + w_1[:, None] * y).reshape(z_0.shape).to(z_0)
 
 
 def adain(z: Tensor, z_0: Tensor, z_1: Tensor, alpha: Tensor) -> Tensor:

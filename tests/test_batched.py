@@ -188,6 +188,23 @@ def test_rows_are_counted_and_ends_ride_along() -> None:
     assert path.backbone.unet_rows - before == (5 + 3 + 1) * STEPS
 
 
+def test_images_alone_go_in_chunks_too() -> None:
+    path = make_path(images=4)
+    config = SampleConfig(steps=STEPS, batch_size=2)
+    sizes: list[int] = []
+    predict = path.backbone.predict_noise
+
+    def watch(latents: Tensor, *args: Any) -> Tensor:
+        sizes.append(len(latents))
+        return predict(latents, *args)
+
+    path.noises_at(STEPS)
+    path.backbone.predict_noise = watch  # type: ignore[method-assign]
+    alone = path.sample([0, 1, 2, 3], config, output="latent")
+    assert sizes == [2] * STEPS * 2
+    assert_close(alone, path.sample([0, 0.5, 1, 1.5, 2, 2.5, 3], config, output="latent")[::2], rtol=1e-4, atol=1e-4)
+
+
 def test_guidance_is_the_formula() -> None:
     """Two frames at the ends (own attention) with guidance 3 against a plain loop with two U-Net calls a step."""
     path = make_path()

@@ -188,11 +188,11 @@ def test_fit_lowers_the_loss_and_counts_three_rows_for_one() -> None:
     bank = fit_loras(backbone, mean, std, conditioning, FitConfig(rank=4, steps=60, learning_rate=1e-2))
     assert backbone.unet_rows == 60 * 2 * 3
     assert all(b.any() for b in bank.up.values())
-    eps, t = torch.randn(8, 1, 4, 8, 8), torch.linspace(50, 950, 8).long()
+    eps, t = torch.randn(8, 1, 4, 8, 8), torch.linspace(50, 950, 8).long().tolist()
 
     def loss() -> float:
         with torch.no_grad():
-            draws = [backbone.add_noise(mean, e.expand_as(mean), s.expand(2)) for e, s in zip(eps, t, strict=True)]
+            draws = [backbone.add_noise(mean, e.expand_as(mean), s) for e, s in zip(eps, t, strict=True)]
             return sum(
                 (backbone.predict(z, s, conditioning) - e).square().mean().item()
                 for z, e, s in zip(draws, eps, t, strict=True)

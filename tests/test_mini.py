@@ -27,7 +27,9 @@ def prepare(mini: Morpher, demo: Demo, names: tuple[str, str], fit: FitConfig | 
     return mini.prepare([demo[n] for n in names], [n.replace("-", " ") for n in names], fit=fit)
 
 
-def ends_against_inputs(mini: Morpher, demo: Demo, path: MorphPath, names: tuple[str, str]) -> list[tuple[float, float]]:
+def ends_against_inputs(
+    mini: Morpher, demo: Demo, path: MorphPath, names: tuple[str, str]
+) -> list[tuple[float, float]]:
     """PSNR and perceptual distance between the first and last frame and the two input pictures."""
     inputs = to_pixels([fit_image(demo[n], mini.backbone.native_size) for n in names])
     frames = to_pixels(path.sample([0, 1]))
@@ -102,8 +104,10 @@ def test_ablation(mini: Morpher, demo: Demo, capsys: pytest.CaptureFixture[str])
         for name, (length, variance, ends, drift) in means.items():
             print(f"| {name} | {length:.4f} | {variance:.2e} | {ends:.4f} | {drift:.4f} |")
     length, variance, ends, drift = range(4)
+    # LoRA and attention make the way shorter, AdaIN keeps the colours on their line, rescheduling evens the steps.
+    assert means["+ lora"][length] < 0.8 * means["ddim"][length]
     assert means["+ attention"][length] < means["+ lora"][length]
-    assert means["+ reschedule"][variance] < means["+ adain"][variance]
+    assert means["+ adain"][drift] < 0.95 * means["+ attention"][drift]
+    assert means["+ reschedule"][variance] < 0.7 * means["+ adain"][variance]
     for name, values in means.items():
         assert values[ends] < 0.09, name
-    del drift

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -230,10 +229,61 @@ def test_the_catalogs_names_and_hub_ids_pass_without_loading() -> None:
         check_model(name)
 
 
-def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
-    first, second = Backbone(tiny_pipeline(seed=0)), Backbone(tiny_pipeline(seed=1))
-    assert first.fingerprint() == Backbone(tiny_pipeline(seed=0)).fingerprint() != second.fingerprint()
-    shutil.rmtree(tmp_path, ignore_errors=True)
+def test_signatures_tell_models_apart_in_any_dtype() -> None:
+    signature = Backbone(tiny_pipeline(seed=0)).signature()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        pipe = tiny_pipeline(seed=0)
+        pipe.to(dtype)
+        assert Backbone(pipe).has_signature(signature)
+    assert not Backbone(tiny_pipeline(seed=1)).has_signature(signature)
+    assert not Backbone(tiny_pipeline(seed=0, block_out_channels=(16, 32))).has_signature(signature)
+
+
+def test_the_schedule_does_not_move_to_the_samples_device() -> None:
+    """Diffusers' scheduler carries its table to the device of what it noises; then a later schedule would mix devices."""
+    backbone = Backbone(tiny_pipeline("v_prediction"))
+    z = torch.zeros(1, 4, 8, 8, device="meta")
+    backbone.add_noise(z, z, 5)
+    backbone.training_target(z, z, 5)
+    assert backbone.schedule(5).a.device.type == "cpu"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 999, 1000])
+def test_extreme_step_counts_have_a_schedule(steps: int) -> None:
+    schedule = Backbone(tiny_pipeline()).schedule(steps)
+    assert len(schedule) == steps == len(schedule.a) - 1 and max(schedule.timesteps) <= 999
+
+
+def test_a_single_sd2_file_needs_its_configuration(tmp_path: Path) -> None:
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({key: torch.zeros(320, 1024)}, tmp_path / "v2.safetensors")
+    with pytest.raises(ModelError, match=r"epsilon or v; put its diffusers configuration into the folder .*v2\."):
+        Morpher.from_pretrained(str(tmp_path / "v2.safetensors"), device="cpu")
+
+
+def test_a_pipeline_with_adapters_says_how_to_go_on() -> None:
+    from peft import LoraConfig
+
+    pipe = tiny_pipeline()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ModelError, match="unload_lora_weights"):
+        Morpher(pipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    pipe = tiny_pipeline()
+    pipe.to("cuda", dtype)
+    result = Morpher(pipe)(PICTURES, "noise", **QUICK)
+    assert len(result.frames) == 3 and all(d == d for d in result.distances)
+
+
+def test_model_offload_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under offload the weights lie on the CPU between calls; inputs must go where the pipeline says it runs."""
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(type(pipe), "_execution_device", property(lambda self: torch.device("meta")))
+    assert Backbone(pipe).device.type == "meta"
 
 
 def test_nothing_brings_torchvision_in() -> None:

@@ -49,7 +49,8 @@ def test_every_output_is_the_same_picture(path: MorphPath) -> None:
         path.sample([2.5], SAMPLE)
     with pytest.raises(ConfigError, match="from 0 to 2, the last"):
         path.sample([0.5], SampleConfig(steps=3, fix_lora=2.5))
-    assert path.sample([], SAMPLE, output="latent").shape == (0, 4, 8, 8) and path.sample([], SAMPLE) == []
+    assert path.sample([], SAMPLE) == [] and path.sample([], SAMPLE, output="latent").shape == (0, 4, 8, 8)
+    assert path.sample([], SAMPLE, output="np").shape == (0, 32, 32, 3)
 
 
 def test_other_steps_invert_anew_and_are_kept(path: MorphPath) -> None:
@@ -86,7 +87,7 @@ def test_a_path_of_another_model_or_a_damaged_file_is_refused(
     path: MorphPath, morpher: Morpher, tmp_path: Path
 ) -> None:
     file = path.save(tmp_path / "good.morph")
-    with pytest.raises(PathFileError, match="made with the model 'tiny', not with 'other'"):
+    with pytest.raises(PathFileError, match="made with another model, called 'tiny' then"):
         MorphPath.load(file, Morpher(tiny_pipeline(seed=1), name="other"))
     data = file.read_bytes()
     bad = tmp_path / "bad.morph"
@@ -106,9 +107,10 @@ def test_a_path_of_another_model_or_a_damaged_file_is_refused(
     save_file({"x": torch.zeros(1)}, bad, {"diffmorpher.path": json.dumps(header | {"version": "99"})})
     with pytest.raises(PathFileError, match="format 99"):
         MorphPath.load(bad, morpher)
-    save_file({"x": torch.zeros(1)}, bad, {"diffmorpher.path": json.dumps(header)})
-    with pytest.raises(PathFileError, match="damaged"):
-        MorphPath.load(bad, morpher)
+    for damaged in (header, {}, [1], header | {"loras": 3}, {k: v for k, v in header.items() if k != "signature"}):
+        save_file({"x": torch.zeros(1)}, bad, {"diffmorpher.path": json.dumps(damaged)})
+        with pytest.raises(PathFileError, match="damaged"):
+            MorphPath.load(bad, morpher)
 
 
 class _Runs:
@@ -157,8 +159,13 @@ def test_fitted_loras_saved_and_given_again_are_the_same_path(
 
     with pytest.raises(ConfigError, match="2 LoRA files were given for 3 images"):
         morpher.prepare(PICTURES, loras=files[:2])
+    with pytest.warns(UserWarning, match="1.safetensors was fitted to another picture"):
+        morpher.prepare(PICTURES, ["a", "b", "c"], loras=[files[1], files[0], files[2]], steps=1)
+    for steps in (0, -5, 2.5):
+        with pytest.raises(ConfigError, match="steps is"):
+            morpher.prepare(PICTURES, fit=None, steps=steps)  # type: ignore[arg-type]
     with pytest.raises(LoraError, match="1.safetensors: the LoRA is for another model"):
-        Morpher(tiny_pipeline(block_out_channels=(16, 32))).prepare(PICTURES, loras=files[1:] + files[1:2])
+        Morpher(tiny_pipeline(block_out_channels=(16, 32))).prepare(PICTURES, loras=[files[1]] * 3)
 
 
 def test_same_seed_same_film_other_seed_another(morpher: Morpher) -> None:
@@ -180,7 +187,15 @@ def test_bad_counts_are_said_before_the_slow_part(morpher: Morpher) -> None:
     before = morpher.backbone.unet_rows
     for arguments, message in (
         ({"images": PICTURES[:1]}, "at least two images"),
-        ({"images": "cat.png"}, "at least two images"),
+        ({"images": "a/path/longer/than/the/frames/cat.png"}, "at least two images"),
+        ({"images": Path("cat.png")}, "at least two images"),
+        ({"images": PICTURES[0]}, "at least two images"),
+        ({"images": iter(PICTURES)}, "at least two images"),
+        ({"images": PICTURES, "num_frames": 16.0}, "16.0"),
+        ({"images": PICTURES, "size": 32}, "size is 32"),
+        ({"images": PICTURES, "size": (32, 32, 3)}, "two whole numbers"),
+        ({"images": PICTURES, "fit": "none"}, "'none'"),
+        ({"images": PICTURES, "loras": "a.safetensors"}, "1 LoRA files"),
         ({"images": PICTURES, "num_frames": 2}, "at least 3"),
         ({"images": PICTURES[:2], "num_frames": 1}, "at least 2"),
         ({"images": PICTURES[:2], "num_frames": 0}, "at least 2"),

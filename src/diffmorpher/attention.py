@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from .interpolate import Between, lerp
@@ -27,7 +28,7 @@ def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["featur
     must be attached before, so that its share is in what comes out.
     """
     device = next(unet.parameters()).device
-    left, right, alpha = rows.left.to(device), rows.right.to(device), rows.alpha.to(device)
+    left, right, alpha = rows.left.to(device), rows.right.to(device), rows.alpha.to(device, torch.float32)
 
     def mix(x: Tensor) -> Tensor:  # (B, N, D)
         return lerp(x[left], x[right], alpha)

@@ -6,8 +6,6 @@ The method sees a model through `Backbone.predict_noise` and its noise schedule 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import ModelError
 
@@ -66,13 +64,16 @@ class Backbone:
             raise ModelError(
                 f"the model {self.name} predicts {self.prediction_type!r}; only epsilon and v_prediction are supported."
             )
+        # Our own copy: the scheduler moves its table to whatever device it is called with.
+        self._abar = self._scheduler.alphas_cumprod.double().clamp_min(_MIN_ABAR)  # (num_train_timesteps,)
         self.unet_rows = 0
 
     # ---- facts
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        """Where the networks run; under model offload their weights may lie elsewhere."""
+        return getattr(self.pipe, "_execution_device", self.unet.device)
 
     @property
     def vae_factor(self) -> int:
@@ -80,35 +81,39 @@ class Backbone:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @property
-    def size_multiple(self) -> int:
-        """Working sizes are multiples of this, so that every level of the U-Net halves evenly."""
+    def smallest_side(self) -> int:
+        """The smallest working size in pixels: one cell at the U-Net's deepest level."""
         return self.vae_factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
     def native_size(self) -> tuple[int, int]:
         """The size the model was trained at, (width, height) in pixels."""
         sample = self.unet.config.sample_size
+        if sample is None:
+            raise ModelError(f"the model {self.name} does not say what size it was trained at; give a size.")
         h, w = (sample, sample) if isinstance(sample, int) else sample
         return w * self.vae_factor, h * self.vae_factor
 
-    def fingerprint(self) -> str:
-        """Short hash of the U-Net's shape and some of its weights: tells models apart, whatever they are called."""
-        config = {k: v for k, v in self.unet.config.items() if not k.startswith("_")}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-        for part in (self.unet.conv_in, self.unet.conv_out):
-            digest.update(part.weight.detach().to("cpu", torch.bfloat16).float().numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def signature(self) -> dict[str, list[float]]:
+        """The U-Net's sizes and some of its weights, to be stored with what belongs to this model."""
+        parts = (self.unet.conv_in.weight, self.unet.conv_out.weight)
+        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in parts]
+        return {"sizes": [float(size) for w in parts for size in w.shape], "weights": sampled[0] + sampled[1]}
+
+    def has_signature(self, signature: dict[str, list[float]]) -> bool:
+        """Whether a stored `signature` is this model's, in whatever dtype each was loaded."""
+        own = self.signature()
+        return own["sizes"] == signature["sizes"] and torch.allclose(
+            torch.tensor(own["weights"]), torch.tensor(signature["weights"]), rtol=0.02, atol=1e-3
+        )
 
     def schedule(self, steps: int) -> NoiseSchedule:
         """The noise schedule of a run of `steps` DDIM steps."""
         self._scheduler.set_timesteps(steps)
-        timesteps = tuple(sorted(int(t) for t in self._scheduler.timesteps))
-        abar = torch.cat(
-            [
-                torch.as_tensor(self._scheduler.final_alpha_cumprod).reshape(1).double(),
-                self._scheduler.alphas_cumprod.double()[list(timesteps)],
-            ]
-        ).clamp_min(_MIN_ABAR)
+        last = self.num_train_timesteps - 1  # which an offset may step over
+        timesteps = tuple(sorted(min(int(t), last) for t in self._scheduler.timesteps))
+        clean = torch.as_tensor(self._scheduler.final_alpha_cumprod, dtype=torch.float64).reshape(1)
+        abar = torch.cat([clean, self._abar[list(timesteps)]])
         return NoiseSchedule(timesteps, abar.sqrt(), (1 - abar).sqrt())
 
     @property
@@ -122,7 +127,7 @@ class Backbone:
 
         pixels: (B, 3, H, W) in [-1, 1]. Returns two (B, C, h, w), float32.
         """
-        posterior = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         scale = self.vae.config.scaling_factor
         mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
@@ -135,11 +140,12 @@ class Backbone:
         """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), float32, in [-1, 1]."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         z = latents / self.vae.config.scaling_factor + shift
-        return self.vae.decode(z.to(self.vae.dtype)).sample.float().clamp(-1, 1)
+        return self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float().clamp(-1, 1)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Text embeddings padded to the tokenizer's length; a longer prompt is cut, with a warning.   # (B, L, D) float32"""
-        limit = self.pipe.tokenizer.model_max_length
+        encoder = self.pipe.text_encoder
+        limit = min(self.pipe.tokenizer.model_max_length, encoder.config.max_position_embeddings)
         for prompt in prompts:
             length = len(self.pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
             if length > limit:
@@ -150,16 +156,15 @@ class Backbone:
         ids = self.pipe.tokenizer(
             list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )
-        encoder = self.pipe.text_encoder
-        mask = ids.attention_mask.to(encoder.device) if getattr(encoder.config, "use_attention_mask", False) else None
-        return encoder(ids.input_ids.to(encoder.device), attention_mask=mask)[0].float()
+        mask = ids.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        return encoder(ids.input_ids.to(self.device), attention_mask=mask)[0].float()
 
     # ---- the network
 
-    def predict(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: int, conditioning: Tensor) -> Tensor:
         """The network's own output (see `training_target`), float32.                                # (B, C, h, w)
 
-        latents: (B, C, h, w); timestep: one for all or (B,); conditioning: (B, L, D).
+        latents: (B, C, h, w); conditioning: (B, L, D).
         """
         self.unet_rows += len(latents) * (3 if torch.is_grad_enabled() else 1)
         dtype = self.unet.dtype
@@ -170,16 +175,22 @@ class Backbone:
         output = self.predict(latents, timestep, conditioning)
         if self.prediction_type == "epsilon":
             return output
-        abar = float(self._scheduler.alphas_cumprod[timestep].clamp_min(_MIN_ABAR))
-        return abar**0.5 * output + (1 - abar) ** 0.5 * latents  # v = a eps - s x_0
+        a, s = self._levels(timestep)
+        return a * output + s * latents  # v = a eps - s x_0 and z = a x_0 + s eps
 
-    def add_noise(self, x_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
-        """`z_t = a_t x_0 + s_t eps` with one t per row."""
-        return self._scheduler.add_noise(x_0, eps, timesteps)
+    def add_noise(self, x_0: Tensor, eps: Tensor, timestep: int) -> Tensor:
+        """`z_t = a_t x_0 + s_t eps`."""
+        a, s = self._levels(timestep)
+        return a * x_0 + s * eps
 
-    def training_target(self, x_0: Tensor, eps: Tensor, timesteps: Tensor) -> Tensor:
+    def training_target(self, x_0: Tensor, eps: Tensor, timestep: int) -> Tensor:
         """What `predict` should return for `z_t`: the noise, or the velocity `a_t eps - s_t x_0`."""
-        return eps if self.prediction_type == "epsilon" else self._scheduler.get_velocity(x_0, eps, timesteps)
+        a, s = self._levels(timestep)
+        return eps if self.prediction_type == "epsilon" else a * eps - s * x_0
+
+    def _levels(self, timestep: int) -> tuple[float, float]:
+        abar = float(self._abar[timestep])
+        return abar**0.5, (1 - abar) ** 0.5
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
@@ -202,22 +213,28 @@ class Backbone:
 
 
 def _check_kind(pipe: Any) -> None:
+    """Raise `ModelError`, saying what to do, for a pipeline that cannot be used."""
     kind = type(pipe).__name__
-    missing = [
-        part for part in ("unet", "vae", "text_encoder", "tokenizer", "scheduler") if getattr(pipe, part, None) is None
-    ]
+    needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [part for part in needed if getattr(pipe, part, None) is None]
     if missing or not isinstance(pipe.unet, UNet2DConditionModel):
-        raise ModelError(
-            f"{kind} is not a Stable Diffusion 1.x or 2.x pipeline (it lacks {', '.join(missing) or 'a UNet2DConditionModel'})."
-        )
-    if getattr(pipe, "text_encoder_2", None) is not None or pipe.unet.config.addition_embed_type is not None:
+        lacks = ", ".join(missing) or "a UNet2DConditionModel"
+        raise ModelError(f"{kind} is not a Stable Diffusion 1.x or 2.x pipeline (it lacks {lacks}).")
+    unet, vae = pipe.unet.config, pipe.vae.config
+    if getattr(pipe, "text_encoder_2", None) is not None or unet.addition_embed_type is not None:
         raise ModelError(
             f"{kind} is of the SDXL family, which is not supported yet; use a Stable Diffusion 1.x or 2.x model."
         )
-    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+    if unet.in_channels != vae.latent_channels:
         raise ModelError(
-            f"the U-Net takes {pipe.unet.config.in_channels} channels where the VAE gives {pipe.vae.config.latent_channels}; "
-            "inpainting and depth models cannot be used, take the text-to-image model they were made from."
+            f"the U-Net takes {unet.in_channels} channels where the VAE gives {vae.latent_channels}; inpainting and "
+            "depth models cannot be used, take the text-to-image model they were made from."
         )
-    if any(isinstance(m, nn.Module) and getattr(m, "fused_projections", False) for m in pipe.unet.modules()):
+    if any(getattr(m, "fused_projections", False) for m in pipe.unet.modules()):
         raise ModelError("the U-Net's projections are fused; call pipe.unfuse_qkv_projections() first.")
+    if any(hasattr(m, "base_layer") for m in pipe.unet.modules()):
+        raise ModelError(
+            "the U-Net has LoRA adapters loaded; call pipe.unload_lora_weights() first (after pipe.fuse_lora() to keep them)."
+        )
+    if pipe.unet.device.type == "meta":
+        raise ModelError("the U-Net is under sequential offload, which is not supported; use model offload or none.")

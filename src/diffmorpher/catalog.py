@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from .config import FitConfig
 from .errors import ModelError
@@ -110,13 +111,29 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> tuple
             folder = source.with_suffix("")
             if folder.is_dir():
                 options |= {"config": str(folder), "local_files_only": True}
+            elif _is_sd2(source):
+                raise ModelError(
+                    f"{model} is a Stable Diffusion 2 file, which does not say whether it predicts epsilon or v; "
+                    f"put its diffusers configuration into the folder {folder}."
+                )
             pipe = StableDiffusionPipeline.from_single_file(str(source), dtype=dtype, **options)
         else:
             pipe = DiffusionPipeline.from_pretrained(
                 str(source) if source.is_dir() else spec.source, dtype=dtype, **options
             )
+    except ModelError:
+        raise
     except Exception as error:
         where = "" if source.exists() else ", and the hub could not be reached or has no such model"
+        if source.suffix == ".safetensors":
+            where = f" (its configuration may lie in the folder {source.with_suffix('')})"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
     return pipe.to(device), spec
+
+
+def _is_sd2(file: Path) -> bool:
+    """Whether an original checkpoint has Stable Diffusion 2's text encoder; its epsilon and v models look alike."""
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    with safe_open(file, "pt") as opened:
+        return key in opened.keys() and opened.get_slice(key).get_shape()[1] == 1024  # noqa: SIM118

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from .errors import ConfigError, ImageError, LoraError, OutputError
-from .film import _MAX_FPS, _MIN_FPS, check_output
+from .film import MAX_FPS, MIN_FPS, check_output
 from .media import MIN_SIDE, image_hash, load_image
 from .schedule import uniform_positions
 
@@ -42,8 +42,8 @@ def check_seed(seed: int | None) -> None:
 
 
 def check_fps(fps: float | None) -> None:
-    if fps is not None and not _MIN_FPS <= fps <= _MAX_FPS:
-        raise OutputError(f"fps is {fps:g}, but must be a number from {_MIN_FPS} to {_MAX_FPS} frames per second.")
+    if fps is not None and not MIN_FPS <= fps <= MAX_FPS:
+        raise OutputError(f"fps is {fps:g}, but must be a number from {MIN_FPS} to {MAX_FPS} frames per second.")
 
 
 def check_alone(*options: tuple[str, object]) -> None:

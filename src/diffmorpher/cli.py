@@ -6,6 +6,7 @@ model is checked before anything slow is imported or loaded.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -133,11 +134,13 @@ def morph(
     check_seed(seed)
     pixels = parse_size(size)
     lora, prompts = lora or [], prompts or []
-    check_alone(("--no-lora", no_lora), ("--lora", lora))
-    for name, value in (("--lora-steps", lora_steps), ("--lora-rank", lora_rank), ("--lora-lr", lora_lr)):
-        check_alone((name, value), ("--no-lora", no_lora))
-        check_alone((name, value), ("--lora", lora))
-    check_alone(("--no-attention", no_attention), ("--attention-lambda", attention_lambda))
+    fitting = (("--lora-steps", lora_steps), ("--lora-rank", lora_rank), ("--lora-lr", lora_lr))
+    for option in (("--lora", lora), *fitting, ("--fix-lora", fix_lora), ("--lora-blend", lora_blend)):
+        check_alone(option, ("--no-lora", no_lora))
+    for option in fitting:
+        check_alone(option, ("--lora", lora))
+    for option in (("--attention-lambda", attention_lambda), ("--attention-mode", attention_mode)):
+        check_alone(option, ("--no-attention", no_attention))
     fit = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**fit)
     sample = SampleConfig(
@@ -372,7 +375,8 @@ def _explain(error: Exception) -> tuple[str, int]:
                 message += f", not {problem['input']!r}"
         return f"{message}; see '{command} --help'.", 2
     if isinstance(error, UserError):
-        return str(error), 2
+        full = isinstance(error.__cause__, OSError) and error.__cause__.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return str(error), 1 if full else 2
     if isinstance(error, DiffMorpherError):
         return str(error), 1
     text = str(error) or type(error).__name__

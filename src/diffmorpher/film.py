@@ -10,10 +10,7 @@ import json
 import math
 import os
 import re
-import secrets
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
@@ -23,6 +20,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
 from .errors import ConfigError, ImageError, OutputError
+from .files import replacing, temporary
 
 #: Suffixes that `save_film` knows; a path without one means a folder of `frame_0000.png`, `frame_0001.png`, ...
 FORMATS = (".mp4", ".gif", ".webp", ".png")
@@ -33,7 +31,7 @@ PNG_KEY = "diffmorpher"
 #: Browsers slow a frame of 10 ms or less down to 100 ms (gif counts in steps of 10 ms), so faster films skip frames.
 _MAX_GIF_FPS, _MAX_WEBP_FPS = 50, 90
 #: The longest frame is 100 s: gif's counter holds 655 s, and nobody wants a slower film.
-_MIN_FPS, _MAX_FPS = 0.01, 240
+MIN_FPS, MAX_FPS = 0.01, 240
 #: Pixels at least this bright in all channels count as white background in a gif.
 _NEAR_WHITE = 250
 _FRAME_NAME = re.compile(r"frame_\d{4,}\.png")
@@ -91,26 +89,24 @@ def save_film(
     Raises `OutputError`; an older film at `out` is then still whole.
     """
     path = check_output(out)
-    if isinstance(fps, bool) or not isinstance(fps, Real) or not _MIN_FPS <= fps <= _MAX_FPS:
-        raise OutputError(f"fps is {fps!r}, but must be a number from {_MIN_FPS} to {_MAX_FPS} frames per second.")
+    if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= fps <= MAX_FPS:
+        raise OutputError(f"fps is {fps!r}, but must be a number from {MIN_FPS} to {MAX_FPS} frames per second.")
     pictures = _pictures(frames)
     settings = json.dumps(dict(metadata), default=str) if metadata is not None else None
     try:
         if not path.suffix:
             _save_folder(pictures, path, settings)
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(path.parent) as temporary:
+        with replacing(path) as part:
             suffix = path.suffix.lower()
             if suffix == ".mp4":
-                _write_mp4(pictures, temporary, Fraction(float(fps)).limit_denominator(100_000), settings)
+                _write_mp4(pictures, part, Fraction(float(fps)).limit_denominator(100_000), settings)
             elif suffix == ".gif":
-                _write_gif(pictures, temporary, fps, settings)
+                _write_gif(pictures, part, fps, settings)
             elif suffix == ".webp":
-                _write_webp(pictures, temporary, fps, settings)
+                _write_webp(pictures, part, fps, settings)
             else:
-                _write_png(contact_sheet(pictures), temporary, settings)
-            os.replace(temporary, path)
+                _write_png(contact_sheet(pictures), part, settings)
     except (OSError, ValueError, RuntimeError) as error:  # the latter two: Pillow on a size that a format cannot hold
         raise _cannot_write(path, error) from error
     return path
@@ -176,31 +172,18 @@ def _cannot_write(path: Path, error: Exception) -> OutputError:
     return OutputError(f"Output {str(path)!r} cannot be written ({reason}): free some space or choose another place.")
 
 
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """A free name in `folder`; what still bears it at the end, for whatever reason, is removed."""
-    path = folder / f".diffmorpher-{secrets.token_hex(4)}.part"
-    try:
-        yield path
-    finally:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-
-
 def _save_folder(pictures: Sequence[Image.Image], path: Path, settings: str | None) -> None:
     exists = path.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Inside a folder that exists, as that may be a mount of its own, across which nothing can be moved.
-    with _temporary(path if exists else path.parent) as temporary:
-        temporary.mkdir()
+    with temporary(path if exists else path.parent) as part:
+        part.mkdir()
         for i, picture in enumerate(pictures):
-            _write_png(picture, temporary / f"frame_{i:04d}.png", settings)
+            _write_png(picture, part / f"frame_{i:04d}.png", settings)
         if not exists:
-            os.replace(temporary, path)
+            os.replace(part, path)
             return
-        written = _frame_files(temporary)
+        written = _frame_files(part)
         for file in written:
             os.replace(file, path / file.name)
         for name in {file.name for file in _frame_files(path)} - {file.name for file in written}:

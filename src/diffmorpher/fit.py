@@ -27,25 +27,31 @@ def fit_loras(
     """
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     device = mean.device
-    with torch.enable_grad(), backbone.borrowed():
+    with torch.inference_mode(False), torch.enable_grad(), backbone.borrowed():
+        mean, std, conditioning = mean.clone(), std.clone(), conditioning.clone()
         bank = LoraBank.create(attention_projections(backbone.unet), len(mean), config.rank, seed, device)
         parameters = [p.requires_grad_() for p in bank.parameters()]
+        # In float16 small gradients would vanish. AdamW does not see a scale that its eps shares.
+        scale = 1024.0 if backbone.unet.dtype == torch.float16 else 1.0
         optimizer = torch.optim.AdamW(
-            parameters, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
+            parameters,
+            lr=config.learning_rate,
+            betas=(0.9, 0.999),
+            eps=1e-8 * scale,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
         with bank.attached(backbone.unet):
             for step in range(config.steps):
-                t = torch.randint(backbone.num_train_timesteps, (1,), generator=generator).expand(len(mean)).to(device)
-                eps, draw = (
-                    torch.randn(2, 1, *mean.shape[1:], generator=generator).to(device).expand(-1, *mean.shape).unbind(0)
-                )
+                t = int(torch.randint(backbone.num_train_timesteps, (1,), generator=generator))
+                eps, draw = torch.randn(2, 1, *mean.shape[1:], generator=generator).to(device).expand(-1, *mean.shape)
                 x_0 = mean + std * draw
                 output = backbone.predict(backbone.add_noise(x_0, eps, t), t, conditioning)
                 target = backbone.training_target(x_0, eps, t)
                 # Mean over each image, summed over images: every LoRA gets the gradient it would get alone.
                 loss = (output - target).square().flatten(1).mean(1).sum()
                 optimizer.zero_grad()
-                loss.backward()
+                (loss * scale).backward()
                 optimizer.step()
                 if progress:
                     progress("fit", step + 1, config.steps)

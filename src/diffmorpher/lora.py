@@ -83,10 +83,6 @@ class LoraBank:
     # ---- what is in it
 
     @property
-    def num_images(self) -> int:
-        return len(self.metadata)
-
-    @property
     def start(self) -> str | None:
         starts = {m.get("start") for m in self.metadata}
         ranks = {m.get("rank") for m in self.metadata}

@@ -20,11 +20,9 @@ import math
 import os
 import pickle
 import re
-import secrets
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +32,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .errors import LoraError, OutputError
+from .files import replacing
 
 _METADATA_PREFIX = "diffmorpher."
 
@@ -95,17 +94,12 @@ def save_lora(lora: Lora, path: str | os.PathLike[str]) -> Path:
             tensors[f"unet.{name}.lora.{side}.weight"] = copy.contiguous()
     header = {"format": "pt"} | {_METADATA_PREFIX + key: value for key, value in lora.metadata.items()}
     content = _with_sorted_header(save(tensors, header))
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with replacing(path) as part:
+            part.write_bytes(content)
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(f"The LoRA cannot be written to {path} ({reason}); choose another place.") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
     return path
 
 

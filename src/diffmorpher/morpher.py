@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +38,8 @@ class MorphResult:
 
     frames: PIL images, one size. alphas: their positions. distances: perceptual distance from each frame to the next
     (n - 1 of them; in a loop n, the last back to the first frame). seconds: wall time by stage. unet_rows: rows of all
-    U-Net batches, a trained row counting 3. settings: everything needed to make it again; it goes into the film's metadata.
+    U-Net batches, a trained row counting 3. settings: what it was made with (the pictures by their hashes), which goes into
+    the film's metadata.
     """
 
     frames: list[Image.Image]
@@ -62,7 +65,7 @@ class MorphResult:
 
         Raises `OutputError`; an older output is then left as it was.
         """
-        return save_film(self.frames, out, fps=fps, metadata=self.settings)
+        return save_film(self.frames, out, fps=fps, metadata=self.settings | {"fps": fps})
 
 
 class Morpher:
@@ -107,7 +110,7 @@ class Morpher:
         fit: FitConfig | Literal["recommended"] | None = "recommended",
         seed: int = 0,
         *,
-        size: tuple[int, int] | None = None,
+        size: Sequence[int] | None = None,
         resize: Literal["crop", "pad"] = "crop",
         steps: int | None = None,
         loop: bool = False,
@@ -121,49 +124,66 @@ class Morpher:
         cuts what stands over, "pad" shows all of each image on white. steps: of the inversion, as in `SampleConfig`.
         loop: a path that returns to the first image. Raises `ConfigError`, `ImageError`, `LoraError`.
         """
-        if isinstance(images, (str, os.PathLike, Image.Image)) or len(images) < 2:
-            raise ConfigError("a morph needs at least two images; give a list of two or more.")
+        _check_images(images)
+        steps = (SampleConfig() if steps is None else SampleConfig(steps=steps)).steps
         size = self._working_size(size)
         texts = _one_each(prompts, len(images))
         pictures = [fit_image(load_image(image), size, resize) for image in images]
         hashes = [image_hash(picture) for picture in pictures]
-        settings: dict[str, Any] = {"prompts": texts, "size": list(size), "resize": resize, "seed": seed, "loop": loop}
+        settings: dict[str, Any] = {
+            "images": hashes,
+            "prompts": texts,
+            "size": list(size),
+            "resize": resize,
+            "seed": seed,
+            "loop": loop,
+        }
         mean, std, conditioning = self._encode(pictures, texts)
 
         bank: LoraBank | None = None
         if loras is not None:
-            if len(loras) != len(images):
-                raise ConfigError(f"{len(loras)} LoRA files were given for {len(images)} images; give one for each.")
-            names = ["a LoRA" if isinstance(lora, Lora) else str(lora) for lora in loras]
-            loaded = [lora if isinstance(lora, Lora) else load_lora(lora) for lora in loras]
+            files = [loras] if isinstance(loras, (str, os.PathLike)) else loras
+            if len(files) != len(images):
+                raise ConfigError(f"{len(files)} LoRA files were given for {len(images)} images; give one for each.")
+            names = [f"LoRA {k}" if isinstance(lora, Lora) else str(lora) for k, lora in enumerate(files)]
+            loaded = [lora if isinstance(lora, Lora) else load_lora(lora) for lora in files]
+            for lora, name, digest in zip(loaded, names, hashes, strict=True):
+                if lora.metadata.get("image_hash", digest) != digest:
+                    warnings.warn(f"{name} was fitted to another picture, or at another size.", stacklevel=2)
             bank = LoraBank.stack(loaded, self.backbone.unet, names, mean.device)
             settings["loras"] = [Path(name).name for name in names]
         elif fit is not None:
-            config = self.spec.fit if fit == "recommended" else fit
+            config = self._fit_config(fit)
             bank = self._fit(mean, std, conditioning, config, seed, progress, texts, hashes)
             settings["fit"] = asdict(config)
 
         path = MorphPath(self.backbone, mean, conditioning, bank, texts, loop, settings)
-        path.noises_at(steps or SampleConfig().steps, progress)
+        path.noises_at(steps, progress)
         return path
 
     def fit(
         self,
         image: ImageSource,
         prompt: str = "",
-        fit: FitConfig | None = None,
+        fit: FitConfig | Literal["recommended"] = "recommended",
         seed: int = 0,
         *,
-        size: tuple[int, int] | None = None,
+        size: Sequence[int] | None = None,
         resize: Literal["crop", "pad"] = "crop",
         progress: ProgressCallback | None = None,
     ) -> Lora:
         """Fit one image's LoRA, the same as `prepare` would, to be written with `save_lora` and passed in `loras` later."""
         picture = fit_image(load_image(image), self._working_size(size), resize)
         mean, std, conditioning = self._encode([picture], [prompt])
-        return self._fit(
-            mean, std, conditioning, fit or self.spec.fit, seed, progress, [prompt], [image_hash(picture)]
-        ).lora(0)
+        config = self._fit_config(fit)
+        return self._fit(mean, std, conditioning, config, seed, progress, [prompt], [image_hash(picture)]).lora(0)
+
+    def _fit_config(self, fit: FitConfig | str) -> FitConfig:
+        if isinstance(fit, FitConfig):
+            return fit
+        if fit != "recommended":
+            raise ConfigError(f'fit is {fit!r}, but must be a FitConfig, "recommended", or None for no LoRA.')
+        return self.spec.fit
 
     def _encode(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad(), self.backbone.borrowed():
@@ -186,19 +206,21 @@ class Morpher:
             metadata |= {"prompt": prompt, "model": self.backbone.name, "image_hash": digest}
         return bank
 
-    def _working_size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        factor = self.backbone.vae_factor
-        if size is None:
-            size = self.spec.size or self.backbone.native_size
-        smallest = self.backbone.size_multiple
-        for side in size:
-            if not isinstance(side, int) or not smallest <= side <= 4096 or side % factor:
-                near = min(4096, max(smallest, round(side / factor) * factor)) if isinstance(side, int) else smallest
+    def _working_size(self, size: Sequence[int] | None) -> tuple[int, int]:
+        """(width, height) in pixels that the model can work at; None takes its own."""
+        factor, smallest = self.backbone.vae_factor, self.backbone.smallest_side
+        try:
+            width, height = map(index, size or self.spec.size or self.backbone.native_size)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"the size is {size!r}, but must be two whole numbers, (width, height).") from error
+        for side in (width, height):
+            if not smallest <= side <= 4096 or side % factor:
+                near = min(4096, max(smallest, round(side / factor) * factor))
                 raise ConfigError(
-                    f"the size {size[0]}x{size[1]} cannot be used: each side must be a multiple of {factor} "
+                    f"the size {width}x{height} cannot be used: each side must be a multiple of {factor} "
                     f"from {smallest} to 4096; for {side} take {near}."
                 )
-        return size
+        return width, height
 
     # ---- the film
 
@@ -216,8 +238,7 @@ class Morpher:
         fewer than the images.
         """
         sample, schedule = sample or SampleConfig(), schedule or ScheduleConfig()
-        if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 2:
-            raise ConfigError(f"frames is {num_frames!r}, but must be a whole number of at least 2.")
+        _check_frames(num_frames)
         seconds = {"schedule": 0.0, "sample": 0.0}
         rows_before = self.backbone.unet_rows
         positions = uniform_positions(num_frames, path.num_images, path.loop)
@@ -251,7 +272,7 @@ class Morpher:
             "frames": num_frames,
             "sample": asdict(sample),
             "schedule": asdict(schedule),
-            "alphas": [round(p, 6) for p in positions],
+            "alphas": positions,
         }
         rows = self.backbone.unet_rows - rows_before
         return MorphResult(to_pil(pixels), positions, distances, seconds, rows, settings, path)
@@ -266,7 +287,7 @@ class Morpher:
         fit: FitConfig | Literal["recommended"] | None = "recommended",
         sample: SampleConfig | None = None,
         schedule: ScheduleConfig | None = None,
-        size: tuple[int, int] | None = None,
+        size: Sequence[int] | None = None,
         resize: Literal["crop", "pad"] = "crop",
         loop: bool = False,
         seed: int = 0,
@@ -284,7 +305,9 @@ class Morpher:
             if progress:
                 progress(stage, done, total)
 
-        uniform_positions(num_frames, len(images), loop)  # what cannot work is said before the slow part
+        _check_images(images)  # what cannot work is said before the slow part
+        _check_frames(num_frames)
+        uniform_positions(num_frames, len(images), loop)
         sample.check_images(len(images))
         path = self.prepare(
             images, prompts, loras, fit, seed, size=size, resize=resize, steps=sample.steps, loop=loop, progress=watch
@@ -306,9 +329,19 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
         seconds[stage] += time.perf_counter() - started
 
 
+def _check_images(images: Any) -> None:
+    if isinstance(images, (str, os.PathLike, Image.Image)) or not hasattr(images, "__len__") or len(images) < 2:
+        raise ConfigError("a morph needs at least two images; give a list of two or more.")
+
+
+def _check_frames(num_frames: Any) -> None:
+    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 2:
+        raise ConfigError(f"frames is {num_frames!r}, but must be a whole number of at least 2.")
+
+
 def _one_each(prompts: str | Sequence[str] | None, count: int) -> list[str]:
     if prompts is None or isinstance(prompts, str):
         return [prompts or ""] * count
     if len(prompts) not in (1, count):
         raise ConfigError(f"{len(prompts)} prompts were given for {count} images; give one for all, one each, or none.")
-    return list(prompts) * (count if len(prompts) == 1 else 1)
+    return [prompt or "" for prompt in prompts] * (count if len(prompts) == 1 else 1)

@@ -20,6 +20,7 @@ from torch import Tensor
 from .backbone import Backbone
 from .config import ProgressCallback, SampleConfig
 from .errors import ConfigError, OutputError, PathFileError
+from .files import replacing
 from .interpolate import Between, lerp, noise_between
 from .invert import invert
 from .lora import LoraBank
@@ -68,6 +69,7 @@ class MorphPath:
 
     def noises_at(self, steps: int, progress: ProgressCallback | None = None) -> Tensor:
         """The noises of an inversion with `steps` steps, each image with its own LoRA and prompt; made once, then kept."""
+        SampleConfig(steps=steps)  # refuses what cannot be
         if steps not in self._noises:
             with self.backbone.borrowed(), self._lora():
                 self._noises[steps] = invert(self.backbone, self.latents, self.conditioning, steps, progress)
@@ -96,8 +98,8 @@ class MorphPath:
         if output not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f'output is {output!r}, but must be "pil", "np", "pt" or "latent".')
         latents = self.sample_latents(alphas, config or SampleConfig(), progress)
-        if output == "latent" or not len(latents):
-            return latents if output == "latent" else []
+        if output == "latent":
+            return latents
         pixels = self.decode(latents)
         if output == "pil":
             return to_pil(pixels)
@@ -105,10 +107,13 @@ class MorphPath:
         return scaled if output == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 8) -> Tensor:
-        """Latents to pictures (n, 3, H, W), float32, in [-1, 1], a few at a time."""
+    def decode(self, latents: Tensor, batch: int = 4) -> Tensor:
+        """Latents to pictures (n, 3, H, W), float32, in [-1, 1], on the CPU: decoded and moved there a few at a time."""
+        if not len(latents):
+            width, height = (side * self.backbone.vae_factor for side in latents.shape[:1:-1])
+            return torch.empty(0, 3, height, width)
         with self.backbone.borrowed():
-            return torch.cat([self.backbone.decode(chunk) for chunk in latents.split(batch)])  # (n, 3, H, W)
+            return torch.cat([self.backbone.decode(chunk).cpu() for chunk in latents.split(batch)])
 
     @torch.no_grad()
     def sample_latents(
@@ -123,15 +128,15 @@ class MorphPath:
         chunks = _chunks(where, _batch_size(config, noises))
         done, total = 0, len(chunks) * config.steps
 
-        def on_step(_: int) -> None:
+        def on_step() -> None:
             nonlocal done
             done += 1
             if progress:
                 progress("sample", done, total)
 
         result = noises.new_empty(len(where.alpha), *noises.shape[1:])
-        unconditional = self.backbone.encode_prompts([""]) if config.guidance_scale != 1 else None
         with self.backbone.borrowed(), self._lora():
+            unconditional = self.backbone.encode_prompts([""]) if config.guidance_scale != 1 else None
             for chunk in chunks:
                 at = Between.images(chunk.positions, self.num_images, self.loop)
                 if self.bank:
@@ -168,25 +173,20 @@ class MorphPath:
         header = {
             "version": _VERSION,
             "model": self.backbone.name,
-            "fingerprint": self.backbone.fingerprint(),
+            "signature": self.backbone.signature(),
             "prompts": self.prompts,
             "loop": self.loop,
             "loras": self.bank.metadata if self.bank else None,
             "settings": self.settings,
         }
         out = Path(file)
-        part = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with replacing(out) as part:
                 save_file(
                     {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
                     part,
                     {"format": "pt", "diffmorpher.path": json.dumps(header)},
                 )
-                os.replace(part, out)
-            finally:
-                part.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise OutputError(f"the path file {out} cannot be written: {error}.") from error
         return out
@@ -203,41 +203,42 @@ class MorphPath:
             with safe_open(source, "pt") as opened:
                 header = json.loads((opened.metadata() or {})["diffmorpher.path"])
                 # Copied out of the mapped file: kernels round differently on memory that is not aligned.
-                tensors = {name: opened.get_tensor(name).clone().to(backbone.device) for name in opened.keys()}  # noqa: SIM118
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+            if header["version"] != _VERSION:
+                raise PathFileError(
+                    f"{source} was written by another version of diffmorpher (format {header['version']}); make it again."
+                )
+            if not backbone.has_signature(header["signature"]):
+                raise PathFileError(
+                    f"{source} was made with another model, called {header['model']!r} then; load that model."
+                )
+            tensors = {name: tensor.to(backbone.device) for name, tensor in tensors.items()}
+            bank = None
+            if header["loras"] is not None:
+                down, up = (
+                    {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+                    for prefix in ("lora.down.", "lora.up.")
+                )
+                bank = LoraBank(down, up, header["loras"])
+            noises = {int(name.removeprefix("noises.")): t for name, t in tensors.items() if name.startswith("noises.")}
+            return cls(
+                backbone,
+                tensors["latents"],
+                tensors["conditioning"],
+                bank,
+                header["prompts"],
+                header["loop"],
+                header["settings"],
+                noises,
+            )
         except FileNotFoundError as error:
             raise PathFileError(f"the path file {source} does not exist.") from error
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
+        except PathFileError:
+            raise
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise PathFileError(
                 f"{source} is not a morph path, or is damaged; make it again with --save-path."
             ) from error
-        if header["version"] != _VERSION:
-            raise PathFileError(
-                f"{source} was written by another version of diffmorpher (format {header['version']}); make it again."
-            )
-        if header["fingerprint"] != backbone.fingerprint():
-            raise PathFileError(
-                f"{source} was made with the model {header['model']!r}, not with {backbone.name!r}; load that model."
-            )
-        if not {"latents", "conditioning"} <= set(tensors):
-            raise PathFileError(f"{source} is damaged; make it again with --save-path.")
-        bank = None
-        if header["loras"] is not None:
-            down, up = (
-                {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-                for prefix in ("lora.down.", "lora.up.")
-            )
-            bank = LoraBank(down, up, header["loras"])
-        noises = {int(name.removeprefix("noises.")): t for name, t in tensors.items() if name.startswith("noises.")}
-        return cls(
-            backbone,
-            tensors["latents"],
-            tensors["conditioning"],
-            bank,
-            header["prompts"],
-            header["loop"],
-            header["settings"],
-            noises,
-        )
 
 
 @dataclass(frozen=True)
@@ -258,15 +259,19 @@ def _chunks(where: Between, size: int) -> list[_Chunk]:
     left, right, alpha = where.left.tolist(), where.right.tolist(), where.alpha.tolist()
     at_image = {i: left[i] if a == 0 else right[i] for i, a in enumerate(alpha) if a in (0, 1)}
     between = sorted((i for i in range(len(alpha)) if i not in at_image), key=lambda i: left[i] + alpha[i])
-    count = max(1, -(-len(between) // size))
+    count = -(-len(between) // size)
+    groups = [between[len(between) * c // count : len(between) * (c + 1) // count] for c in range(count)]
+    needed = [{image for i in group for image in (left[i], right[i])} for group in groups]
+    alone = sorted(set(at_image.values()).difference(*needed))  # images asked for with no frame next to them
+    for start in range(0, len(alone), size):
+        groups.append([])
+        needed.append(set(alone[start : start + size]))
     chunks = []
-    for c in range(count):
-        group = between[len(between) * c // count : len(between) * (c + 1) // count]
-        needed = {image for i in group for image in (left[i], right[i])}
-        here = [i for i, image in at_image.items() if image in needed or c == count - 1]
-        ends = sorted(needed | {at_image[i] for i in here})
+    for group, images in zip(groups, needed, strict=True):
+        ends = sorted(images)
         row_of = {image: row for row, image in enumerate(ends)}
         own = list(range(len(ends)))
+        here = [i for i, image in at_image.items() if image in images]
         chunks.append(
             _Chunk(
                 positions=[*map(float, ends), *(left[i] + alpha[i] for i in group)],
@@ -287,4 +292,5 @@ def _batch_size(config: SampleConfig, noises: Tensor) -> int:
     if config.batch_size != "auto":
         return config.batch_size
     cells = noises.shape[-1] * noises.shape[-2]
-    return max(1, min(64, (16 * 64 * 64 if noises.device.type != "cpu" else 16 * 16 * 16) // cells))
+    on_cpu = noises.device.type == "cpu"  # where batches beyond what fills the caches gain nothing
+    return max(4, min(64, (16 * 16 * 16 if on_cpu else 16 * 64 * 64) // cells))

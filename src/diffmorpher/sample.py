@@ -22,7 +22,7 @@ def denoise(
     rows: Between,
     config: SampleConfig,
     unconditional: Tensor | None = None,
-    on_step: Callable[[int], None] | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """DDIM from noise to clean latents, self-attention interpolated in the first steps.
 
@@ -56,5 +56,5 @@ def denoise(
             eps = free + config.guidance_scale * (conditional - free)
         z = schedule.move(z, eps, level=level, to=level - 1)
         if on_step:
-            on_step(i + 1)
+            on_step()
     return z

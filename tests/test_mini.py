@@ -76,6 +76,8 @@ ROWS = [
     ("+ attention", True, replace(OFF, attention_lambda=0.6), False),
     ("+ adain", True, SampleConfig(), False),
     ("+ reschedule", True, SampleConfig(), True),
+    ("all, attention kv", True, SampleConfig(attention_mode="kv"), True),
+    ("all, LoRA product", True, SampleConfig(lora_blend="product"), True),
 ]
 
 

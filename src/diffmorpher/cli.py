@@ -139,8 +139,8 @@ def morph(
         check_alone(option, ("--no-lora", no_lora))
     for option in fitting:
         check_alone(option, ("--lora", lora))
-    for option in (("--attention-lambda", attention_lambda), ("--attention-mode", attention_mode)):
-        check_alone(option, ("--no-attention", no_attention))
+    for mixing in (("--attention-lambda", attention_lambda), ("--attention-mode", attention_mode)):
+        check_alone(mixing, ("--no-attention", no_attention))
     fit = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**fit)
     sample = SampleConfig(

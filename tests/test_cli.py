@@ -107,6 +107,8 @@ def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert stage_lines(done.stderr) == ["invert", "sample"]
+    assert "warning: --attention-mode changes nothing with --no-attention." in done.stderr
+    assert "warning: loras/pear.safetensors was fitted to another picture, or at another size." in done.stderr
     settings: dict[str, Any] = read_settings(tmp_path / "a.webp") or {}
     expected = SampleConfig(
         steps=2,
@@ -287,7 +289,7 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     # counts and contradictions
     "prompts": ("morph {pear} {rose} -p 1 -p 2 -p 3", "3 prompts were given for 2 images"),
     "LoRAs": ("morph {pear} {rose} --lora {bad}/damaged.safetensors", "1 LoRA files were given for 2 images"),
-    "LoRA and none": ("morph {pear} {rose} --no-lora --lora-steps 9", "--lora-steps and --no-lora contradict"),
+    "LoRA and none": ("morph {pear} {rose} --no-lora --lora a --lora b", "--lora and --no-lora contradict"),
     "resize": ("morph {pear} {rose} --resize stretch", "'stretch'"),
     "unknown option": ("morph {pear} {rose} --colour red", "--colour"),
     "unknown command": ("mrph {pear} {rose}", "'mrph'"),

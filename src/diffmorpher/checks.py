@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -51,6 +52,13 @@ def check_alone(*options: tuple[str, object]) -> None:
     typed = [name for name, value in options if value is not None and value is not False and value != []]
     if len(typed) > 1:
         raise ConfigError(f"{' and '.join(typed)} contradict each other: leave one out.")
+
+
+def warn_unused(reason: str, options: Mapping[str, object]) -> None:
+    """Say which options that were typed change nothing because of another one."""
+    for name, value in options.items():
+        if value is not None:
+            warnings.warn(f"{name} changes nothing with {reason}.", stacklevel=2)
 
 
 def check_counts(images: int, prompts: int, loras: int, frames: int | None, loop: bool) -> None:

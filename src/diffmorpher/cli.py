@@ -37,6 +37,7 @@ from .checks import (
     load_pictures,
     parse_batch_size,
     parse_size,
+    warn_unused,
 )
 from .config import FitConfig, SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError, OutputError, UserError
@@ -134,13 +135,14 @@ def morph(
     check_seed(seed)
     pixels = parse_size(size)
     lora, prompts = lora or [], prompts or []
-    fitting = (("--lora-steps", lora_steps), ("--lora-rank", lora_rank), ("--lora-lr", lora_lr))
-    for option in (("--lora", lora), *fitting, ("--fix-lora", fix_lora), ("--lora-blend", lora_blend)):
-        check_alone(option, ("--no-lora", no_lora))
-    for option in fitting:
-        check_alone(option, ("--lora", lora))
-    for mixing in (("--attention-lambda", attention_lambda), ("--attention-mode", attention_mode)):
-        check_alone(mixing, ("--no-attention", no_attention))
+    check_alone(("--lora", lora), ("--no-lora", no_lora))
+    fitting = {"--lora-steps": lora_steps, "--lora-rank": lora_rank, "--lora-lr": lora_lr}
+    if no_lora:
+        warn_unused("--no-lora", fitting | {"--fix-lora": fix_lora, "--lora-blend": lora_blend})
+    if lora:
+        warn_unused("--lora", fitting)
+    if no_attention:
+        warn_unused("--no-attention", {"--attention-lambda": attention_lambda, "--attention-mode": attention_mode})
     fit = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**fit)
     sample = SampleConfig(

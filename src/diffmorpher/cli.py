@@ -43,7 +43,7 @@ from .config import FitConfig, SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError, OutputError, UserError
 from .film import check_output
 from .media import load_image
-from .progress import StageBars, console, quiet_bars, quiet_libraries, say, show_seconds, show_warnings
+from .progress import StageBars, console, quiet_bars, say, show_seconds, show_warnings, tame_libraries
 
 if TYPE_CHECKING:
     from .morpher import Morpher, MorphResult
@@ -255,7 +255,7 @@ def info(debug: o.Debug = False) -> None:
 
 
 def _begin(debug: bool) -> None:
-    quiet_libraries()
+    tame_libraries()
     show_warnings(others=debug)
 
 

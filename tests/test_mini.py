@@ -27,7 +27,9 @@ def prepare(mini: Morpher, demo: Demo, names: tuple[str, str], fit: FitConfig | 
     return mini.prepare([demo[n] for n in names], [n.replace("-", " ") for n in names], fit=fit)
 
 
-def ends_against_inputs(mini: Morpher, demo: Demo, path: MorphPath, names: tuple[str, str]) -> list[tuple[float, float]]:
+def ends_against_inputs(
+    mini: Morpher, demo: Demo, path: MorphPath, names: tuple[str, str]
+) -> list[tuple[float, float]]:
     """PSNR and perceptual distance between the first and last frame and the two input pictures."""
     inputs = to_pixels([fit_image(demo[n], mini.backbone.native_size) for n in names])
     frames = to_pixels(path.sample([0, 1]))

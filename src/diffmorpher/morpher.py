@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ class MorphResult:
     frames: PIL images, one size. alphas: their positions. distances: perceptual distance from each frame to the next
     (n - 1 of them; in a loop n, the last back to the first frame). seconds: wall time by stage. unet_rows: rows of all
     U-Net batches, a trained row counting 3. settings: everything needed to make it again; it goes into the film's metadata.
+    distances_before: the distances of evenly spaced positions, before rescheduling; empty without it.
     """
 
     frames: list[Image.Image]
@@ -46,6 +47,7 @@ class MorphResult:
     unet_rows: int
     settings: dict[str, Any]
     path: MorphPath
+    distances_before: list[float] = field(default_factory=list)
 
     @property
     def ppl(self) -> float:
@@ -57,12 +59,14 @@ class MorphResult:
         """Perceptual distance variance: how uneven the film is."""
         return pdv(self.distances)
 
-    def save(self, out: str | os.PathLike[str], fps: float = 8) -> Path:
+    def save(self, out: str | os.PathLike[str], fps: float = 8, ping_pong: bool = False) -> Path:
         """Write .mp4, .gif, .webp, .png (contact sheet), or a folder of PNG frames where the name has no suffix.
 
-        Raises `OutputError`; an older output is then left as it was.
+        ping_pong: a film that runs back to its first frame, so that it plays on without a jump; sheets and folders
+        hold each frame once. Raises `OutputError`; an older output is then left as it was.
         """
-        return save_film(self.frames, out, fps=fps, metadata=self.settings)
+        metadata = self.settings | {"fps": fps, "ping_pong": ping_pong}
+        return save_film(self.frames, out, fps=fps, metadata=metadata, ping_pong=ping_pong)
 
 
 class Morpher:
@@ -238,9 +242,10 @@ class Morpher:
                     )
                 return pixels, distances
 
+        before: list[float] = []
         if schedule.enabled and num_frames > (2 if not path.loop else 1):
-            _, distances = frames_at(positions, "schedule")
-            positions = even_positions(positions, distances, num_frames, path.num_images, path.loop)
+            _, before = frames_at(positions, "schedule")
+            positions = even_positions(positions, before, num_frames, path.num_images, path.loop)
         pixels, distances = frames_at(positions, "sample")
         settings = {
             "diffmorpher": version("diffmorpher"),
@@ -254,7 +259,7 @@ class Morpher:
             "alphas": [round(p, 6) for p in positions],
         }
         rows = self.backbone.unet_rows - rows_before
-        return MorphResult(to_pil(pixels), positions, distances, seconds, rows, settings, path)
+        return MorphResult(to_pil(pixels), positions, distances, seconds, rows, settings, path, before)
 
     def __call__(
         self,

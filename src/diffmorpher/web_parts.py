@@ -17,7 +17,7 @@ from .config import FitConfig
 from .errors import Cancelled, DiffMorpherError
 from .media import load_image
 from .web_jobs import Film, Job, Session, Studio, explain
-from .web_settings import MAX_FRAMES, MAX_LORA_RANK, MAX_LORA_STEPS, MAX_PICTURES, MAX_PROMPT, MAX_STEPS, Settings
+from .web_settings import MAX_FRAMES, MAX_PICTURES, MAX_PROMPT, MAX_STEPS, Settings
 
 #: Pictures of assets/demo to try: (label, [(name, prompt), ...]).
 EXAMPLES = (
@@ -93,7 +93,7 @@ class Pictures:
         for i, what, button in buttons:
             button.click(partial(self._change, i, what), self.prompts, outputs, **quietly())
 
-    def _add(self, picked: list[tuple[str, Any]] | None, *prompts: str, request: gr.Request) -> Updates:
+    def _add(self, request: gr.Request, picked: list[tuple[str, Any]] | None, *prompts: str) -> Updates:
         session = self._studio.session(key_of(request))
         problems = []
         for file, _ in picked or []:
@@ -110,7 +110,7 @@ class Pictures:
             self._studio.add_picture(session, ASSETS / "demo" / f"{name}.png", ours=True)
         return self._shown(session, [prompt for _, prompt in shown])
 
-    def _change(self, i: int, what: str, *prompts: str, request: gr.Request) -> Updates:
+    def _change(self, i: int, what: str, request: gr.Request, *prompts: str) -> Updates:
         session = self._studio.session(key_of(request))
         count, texts = len(session.pictures), list(prompts)
         j = i + (1 if what == "later" else -1)
@@ -158,6 +158,9 @@ def settings_panel(typed_models: bool) -> dict[str, Any]:
     def add(name: str, part: Any) -> None:
         parts[name] = part
 
+    def optional(name: str, label: str, placeholder: str, info: str) -> None:
+        add(name, gr.Textbox("", label=label, placeholder=placeholder, info=info, max_lines=1, elem_id=name))
+
     own = "Empty: the model's own."
     gr.HTML("<h2>2. Film</h2>")
     with gr.Row(elem_classes="pair"):
@@ -192,57 +195,16 @@ def settings_panel(typed_models: bool) -> dict[str, Any]:
                     info="Pad when nothing may be cut off.",
                 ),
             )
-        add("seed", gr.Number(d.seed, label="Seed", precision=0, minimum=0, info="Another number, another film."))
+        add("seed", gr.Number(d.seed, label="Seed", precision=0, info="Another number, another film."))
     with gr.Accordion("Learning the pictures (LoRA)", open=False):
         add("no_lora", gr.Checkbox(d.no_lora, label="Quick preview", info="To see a rough film soon: learns nothing."))
+        # Text, as a number field cannot be left empty.
         with gr.Row(elem_classes="pair"):
-            add(
-                "lora_steps",
-                gr.Number(
-                    None,
-                    label="LoRA steps",
-                    precision=0,
-                    minimum=1,
-                    maximum=MAX_LORA_STEPS,
-                    placeholder=str(fit.steps),
-                    info=f"More when the ends lack detail. {own}",
-                ),
-            )
-            add(
-                "lora_rank",
-                gr.Number(
-                    None,
-                    label="LoRA rank",
-                    precision=0,
-                    minimum=1,
-                    maximum=MAX_LORA_RANK,
-                    placeholder=str(fit.rank),
-                    info=f"More for crowded pictures. {own}",
-                ),
-            )
+            optional("lora_steps", "LoRA steps", str(fit.steps), f"More when the ends lack detail. {own}")
+            optional("lora_rank", "LoRA rank", str(fit.rank), f"More for crowded pictures. {own}")
         with gr.Row(elem_classes="pair"):
-            add(
-                "lora_lr",
-                gr.Number(
-                    None,
-                    label="LoRA rate",
-                    minimum=0,
-                    step=0.0001,
-                    placeholder=f"{fit.learning_rate:g}",
-                    info=f"Less when frames break up. {own}",
-                ),
-            )
-            add(
-                "fix_lora",
-                gr.Number(
-                    None,
-                    label="Fix the LoRA at",
-                    minimum=0,
-                    step=0.1,
-                    placeholder="follows the film",
-                    info="0 keeps the first picture's manner throughout. Empty: interpolated.",
-                ),
-            )
+            optional("lora_lr", "LoRA rate", f"{fit.learning_rate:g}", f"Less when frames break up. {own}")
+            optional("fix_lora", "Fix the LoRA at", "interpolated", "0 keeps to the first picture's manner throughout.")
     with gr.Accordion("Making the frames", open=False):
         with gr.Row(elem_classes="pair"):
             add(

@@ -43,6 +43,8 @@ def serve(host: str, port: int | None, share: bool, auth: tuple[str, str] | None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     page = build(studio, typed_models)
+    for file in (root / "uploads").rglob("*"):
+        studio.hold(studio.own, file)  # the page's own pictures, which a visitor may upload too
     try:
         try:
             _, url, public = page.launch(
@@ -108,7 +110,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             result = Result(studio)
             with gr.Column(elem_id="left"):
                 pictures = Pictures(studio)
-                settings = settings_panel(typed_models)
+                settings = settings_panel(typed_models, result.buttons)
                 with gr.Accordion("Start from saved work", open=False):
                     loras = gr.File(
                         label="LoRA files, one for each picture: nothing has to be learnt then",
@@ -119,7 +121,6 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
                     path_file = gr.File(
                         label="A path file (.morph): needs no pictures", file_types=[".morph"], height=110
                     )
-                result.buttons()
             with gr.Column(elem_id="right"):
                 result.film()
 

@@ -189,6 +189,7 @@ class Studio:
     def __init__(self, root: Path, models: set[str] | None = None) -> None:
         """models: the only ones that visitors may choose; None for any that can be loaded."""
         self.root, self.line, self._models = root, Line(), models
+        self.own = Session(root)  # holds what must stay
         self._sessions: dict[str, Session] = {}
         self._uploads: Counter[Path] = Counter()  # files of the upload folder, by how many visitors hold them
         self._lock = threading.Lock()

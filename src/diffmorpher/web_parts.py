@@ -47,13 +47,12 @@ class Pictures:
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
-        gr.HTML(f"<h2>1. Pictures</h2><p>Two to {MAX_PICTURES}, in the order of the film.</p>")
+        gr.HTML("<h2>1. Pictures, in the order of the film</h2>")
         self.pick = gr.Gallery(
             label="Add pictures",
             sources=["upload", "webcam", "clipboard"],
             file_types=["image"],
             interactive=True,
-            height=150,
             elem_id="pick",
             buttons=[],
         )
@@ -73,7 +72,7 @@ class Pictures:
                 self.thumbs.append(gr.HTML(elem_classes="thumb-box"))
                 self.prompts.append(
                     gr.Textbox(
-                        label=f"What does picture {i + 1} show? (optional)",
+                        label=f"{i + 1}. What does it show? (optional)",
                         placeholder="a cat",
                         max_length=MAX_PROMPT,
                         max_lines=1,
@@ -150,8 +149,8 @@ def models(typed: bool) -> list[tuple[str, str]]:
     return found + [(f"{name} ({about})", name) for name, about in cached.items() if name not in known]
 
 
-def settings_panel(typed_models: bool) -> dict[str, Any]:
-    """All settings by name, folded away but for those of the film; each says when to touch it."""
+def settings_panel(typed_models: bool, run: Callable[[], None]) -> dict[str, Any]:
+    """All settings by name, those that few need folded away below the button that `run` makes; each says when to touch it."""
     d, fit = Settings(), FitConfig()
     parts: dict[str, Any] = {}
 
@@ -172,6 +171,7 @@ def settings_panel(typed_models: bool) -> dict[str, Any]:
     with gr.Row(elem_classes="pair"):
         add("loop", gr.Checkbox(d.loop, label="Loop", info="For a film that leads back to the first picture."))
         add("ping_pong", gr.Checkbox(d.ping_pong, label="Ping-pong", info="To play it forwards, then backwards."))
+    run()
     with gr.Accordion("Model and size", open=False):
         add(
             "model",
@@ -257,13 +257,23 @@ class Result:
             elem_id="empty",
         )
         with gr.Column(visible=False, elem_id="result") as self.panel:
-            self.video = gr.HTML(elem_id="film")
-            self.downloads = gr.HTML(elem_id="downloads")
-            gr.HTML("<h2>Any position between the pictures</h2>")
-            self.alpha = gr.Slider(
-                0, 1, 0, step=0.01, label="Position", info="0 is the first picture.", elem_id="alpha"
-            )
-            self.frame = gr.HTML(elem_id="frame")
+            with gr.Row(elem_id="views"):
+                with gr.Column():
+                    gr.HTML("<h2>The film</h2>")
+                    # Browsers leave a film alone that is put into a page that stands already.
+                    self.video = gr.HTML(
+                        elem_id="film",
+                        js_on_load="""const play = () => {
+                            element.querySelector('video')?.play().catch(() => {});
+                            if (innerWidth < 700) element.scrollIntoView({block: 'center', behavior: 'smooth'});
+                        };
+                        watch('value', play);
+                        play();""",
+                    )
+                with gr.Column():
+                    gr.HTML("<h2>Any position between</h2>")
+                    self.frame = gr.HTML(elem_id="frame")
+            self.alpha = gr.Slider(0, 1, 0, step=0.01, label="Position", elem_id="alpha", buttons=[])
             self.strip = gr.HTML(
                 elem_id="strip",
                 js_on_load="""element.addEventListener('click', (event) => {
@@ -271,6 +281,9 @@ class Result:
                     if (button) trigger('pick', {alpha: Number(button.dataset.alpha)});
                 });""",
             )
+            gr.HTML("<h2>Download</h2>")
+            self.downloads = gr.HTML(elem_id="downloads")
+            gr.HTML("<h2>Evenness</h2>")
             self.chart = gr.HTML(elem_id="chart")
             with gr.Accordion("The same film again", open=False, elem_id="again"):
                 self.command = gr.Textbox(label="Command line", lines=3, interactive=False, elem_id="command")

@@ -67,8 +67,8 @@ def serve(host: str, port: int | None, share: bool, auth: tuple[str, str] | None
                 mcp_server=False,
             )
         except OSError as error:
-            where = f"port {port}" if port else "no port from 7860 on"
-            raise UserError(f"{where} can be used at {host} ({error}): give another --port or --host.") from error
+            where = f"port {port}" if port else "every port from 7860 on"
+            raise UserError(f"{where} cannot be used at {host} ({error}): give another --port or --host.") from error
         _announce(url, public, host, auth is not None)
         studio.warm_up()
         stop.wait()
@@ -110,17 +110,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             result = Result(studio)
             with gr.Column(elem_id="left"):
                 pictures = Pictures(studio)
-                settings = settings_panel(typed_models, result.buttons)
-                with gr.Accordion("Start from saved work", open=False):
-                    loras = gr.File(
-                        label="LoRA files, one for each picture: nothing has to be learnt then",
-                        file_count="multiple",
-                        file_types=[".safetensors"],
-                        height=110,
-                    )
-                    path_file = gr.File(
-                        label="A path file (.morph): needs no pictures", file_types=[".morph"], height=110
-                    )
+                settings, loras, path_file = settings_panel(typed_models, result.buttons)
             with gr.Column(elem_id="right"):
                 result.film()
 

@@ -128,7 +128,7 @@ def downloads(links: Mapping[str, tuple[str, Path]], waiting: Sequence[str] = ()
 
 def chart(before: Sequence[float], after: Sequence[float]) -> str:
     """The perceptual distance of each gap between frames, before and after rescheduling: flat means even speed."""
-    width, height, left, top, bottom = 560, 170, 40, 10, 26
+    width, height, left, top, bottom = 480, 150, 36, 10, 24
     highest = max([*before, *after, 1e-9])
     gaps = len(after)
 

@@ -436,7 +436,9 @@ def check_picture(file: Path) -> None:
 
 def _check_bytes(file: Path, most: int) -> None:
     if file.stat().st_size > most:
-        raise ImageError(f"{file.name!r} has {file.stat().st_size / 2**20:.0f} MB: at most {most // 2**20} are taken.")
+        raise ImageError(
+            f"{file.name!r} has {file.stat().st_size / 2**20:.0f} MB: at most {most // 2**20} MB are taken."
+        )
 
 
 def _check_neighbours(images: Sequence[Image.Image], names: Sequence[str], loop: bool) -> None:

@@ -29,10 +29,11 @@ pytest.importorskip("gradio")
 Browser, Page, expect = sync_api.Browser, sync_api.Page, sync_api.expect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --use-fake-device-for-media-stream --use-fake-ui-for-media-stream"
-).split()
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+]
 DEMO = Path(sys.modules["diffmorpher"].__file__ or "").parent / "assets" / "demo"
 TIGER, WOLF, PEAR, APPLE = (str(DEMO / f"{name}.png") for name in ("tiger-face", "wolf-face", "pear", "red-apple"))
 

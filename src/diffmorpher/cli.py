@@ -11,6 +11,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -261,13 +262,15 @@ def web(
     _begin(debug)
     check_port(port)
     login = parse_auth(auth)
-    try:
-        from .web import serve
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("gradio", "gradio_client"):
-            raise
-        raise UserError("the page needs another package: pip install 'diffmorpher[web]'.") from error
-    serve(host, port, share, login)
+    with tempfile.TemporaryDirectory(prefix="diffmorpher-web-", ignore_cleanup_errors=True) as root:
+        os.environ["GRADIO_TEMP_DIR"] = os.path.join(root, "uploads")  # gradio reads it when it is imported
+        try:
+            from .web import serve
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in ("gradio", "gradio_client"):
+                raise
+            raise UserError("the page needs another package: pip install 'diffmorpher[web]'.") from error
+        serve(Path(root), host, port, share, login)
 
 
 # ---- steps of a command

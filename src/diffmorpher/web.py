@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
-import shutil
 import signal
-import tempfile
 import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -33,17 +31,18 @@ from .web_settings import MAX_PICTURES, Settings
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def serve(host: str, port: int | None, share: bool, auth: tuple[str, str] | None) -> None:
-    """Serve the page until it is stopped; then nothing is left of it. Raises `UserError` for a port that is taken."""
-    root = Path(tempfile.mkdtemp(prefix="diffmorpher-web-"))
-    os.environ["GRADIO_TEMP_DIR"] = str(root / "uploads")  # looked up whenever a component is made
+def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str, str] | None) -> None:
+    """Serve the page until it is stopped. Raises `UserError` for a port that is taken.
+
+    root: an empty folder for all temporary files; the uploads in it are where the environment's GRADIO_TEMP_DIR says.
+    """
     typed_models = auth is not None or (host in _LOCAL and not share)
     studio = Studio(root, None if typed_models else {name for _, name in models(False)})
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     page = build(studio, typed_models)
-    for file in (root / "uploads").rglob("*"):
+    for file in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"):
         studio.hold(studio.own, file)  # the page's own pictures, which a visitor may upload too
     try:
         try:
@@ -76,7 +75,6 @@ def serve(host: str, port: int | None, share: bool, auth: tuple[str, str] | None
     finally:
         studio.close()
         page.close(verbose=False)
-        shutil.rmtree(root, ignore_errors=True)
 
 
 def _announce(url: str, public: str | None, host: str, login: bool) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -88,9 +87,9 @@ class Pictures:
         outputs = [self.pick, self.note, *self.rows, *self.thumbs, *self.prompts]
         self.pick.upload(self._add, [self.pick, *self.prompts], outputs, **quietly())
         for button, (_, shown) in zip(examples, EXAMPLES, strict=True):
-            button.click(partial(self._example, shown), None, outputs, **quietly())
+            button.click(self._example(shown), None, outputs, **quietly())
         for i, what, button in buttons:
-            button.click(partial(self._change, i, what), self.prompts, outputs, **quietly())
+            button.click(self._change(i, what), self.prompts, outputs, **quietly())
 
     def _add(self, request: gr.Request, picked: list[tuple[str, Any]] | None, *prompts: str) -> Updates:
         session = self._studio.session(key_of(request))
@@ -102,26 +101,32 @@ class Pictures:
                 problems.append(explain(error))
         return self._shown(session, list(prompts), problems)
 
-    def _example(self, shown: list[tuple[str, str]], request: gr.Request) -> Updates:
-        session = self._studio.session(key_of(request))
-        session.pictures.clear()
-        for name, _ in shown:
-            self._studio.add_picture(session, ASSETS / "demo" / f"{name}.png", ours=True)
-        return self._shown(session, [prompt for _, prompt in shown])
+    # Gradio passes the request to functions whose hints ask for it, which those of a partial do not.
 
-    def _change(self, i: int, what: str, request: gr.Request, *prompts: str) -> Updates:
-        session = self._studio.session(key_of(request))
-        count, texts = len(session.pictures), list(prompts)
-        j = i + (1 if what == "later" else -1)
-        if what == "remove" and i < count:
-            session.pictures.pop(i).file.unlink(missing_ok=True)
-            texts.append(texts.pop(i))
-            texts[-1] = ""
-        elif 0 <= i < count and 0 <= j < count:
-            pictures = session.pictures
-            pictures[i], pictures[j] = pictures[j], pictures[i]
-            texts[i], texts[j] = texts[j], texts[i]
-        return self._shown(session, texts)
+    def _example(self, shown: list[tuple[str, str]]) -> Callable[..., Updates]:
+        def load(request: gr.Request) -> Updates:
+            session = self._studio.session(key_of(request))
+            session.pictures.clear()
+            for name, _ in shown:
+                self._studio.add_picture(session, ASSETS / "demo" / f"{name}.png", ours=True)
+            return self._shown(session, [prompt for _, prompt in shown])
+
+        return load
+
+    def _change(self, i: int, what: str) -> Callable[..., Updates]:
+        def change(request: gr.Request, *prompts: str) -> Updates:
+            session = self._studio.session(key_of(request))
+            pictures, texts = session.pictures, list(prompts)
+            j = i + (1 if what == "later" else -1)
+            if what == "remove" and i < len(pictures):
+                pictures.pop(i).file.unlink(missing_ok=True)
+                texts = [*texts[:i], *texts[i + 1 :], ""]
+            elif 0 <= min(i, j) and max(i, j) < len(pictures):
+                pictures[i], pictures[j] = pictures[j], pictures[i]
+                texts[i], texts[j] = texts[j], texts[i]
+            return self._shown(session, texts)
+
+        return change
 
     def _shown(self, session: Session, prompts: list[str], problems: list[str] | None = None) -> Updates:
         updates: Updates = {

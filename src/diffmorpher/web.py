@@ -112,7 +112,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             with gr.Column(elem_id="right"):
                 result.film()
 
-        async def morph(request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
+        async def on_morph(request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
             session = studio.session(key_of(request))
             prompts, (lora_files, path), chosen = (
                 values[:MAX_PICTURES],
@@ -136,7 +136,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
                 yield update
 
         run = result.morph.click(
-            morph,
+            on_morph,
             [*pictures.prompts, loras, path_file, *settings.values()],
             result.outputs,
             show_progress="hidden",

@@ -312,6 +312,25 @@ def test_what_is_no_picture_is_refused_in_one_sentence(visitor: Visitor, tmp_pat
     expect(visitor.page.locator("#status")).to_have_text("Fix lora is 'much', but must be a number.")
 
 
+def test_pictures_come_from_the_clipboard_and_the_camera(visitor: Visitor) -> None:
+    page = visitor.page
+    copy = """async () => {
+        const canvas = document.createElement('canvas');
+        canvas.getContext('2d').fillRect(0, 0, 30, 30);
+        const blob = await new Promise((resolve) => canvas.toBlob(resolve, 'image/png'));
+        await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
+    }"""
+    page.evaluate(copy)
+    page.keyboard.press("Control+v")
+    expect(page.locator("img.thumb")).to_have_count(1)
+    page.get_by_label("Paste from clipboard").click()
+    expect(page.locator("img.thumb")).to_have_count(2)
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.locator("#pick").get_by_label("capture photo").click()
+    expect(page.locator("img.thumb")).to_have_count(3)
+
+
 def test_pictures_are_moved_and_removed_with_their_prompts(visitor: Visitor) -> None:
     page = visitor.page
     visitor.upload(TIGER, PEAR, WOLF)

@@ -71,7 +71,7 @@ class Pictures:
                 self.thumbs.append(gr.HTML(elem_classes="thumb-box"))
                 self.prompts.append(
                     gr.Textbox(
-                        label=f"{i + 1}. What does it show? (optional)",
+                        label=f"{i + 1}. What it shows (optional)",
                         placeholder="a cat",
                         max_length=MAX_PROMPT,
                         max_lines=1,
@@ -85,16 +85,19 @@ class Pictures:
                     ]
             self.rows.append(row)
         outputs = [self.pick, self.note, *self.rows, *self.thumbs, *self.prompts]
-        self.pick.upload(self._add, [self.pick, *self.prompts], outputs, **quietly())
+        # Not `upload`, which says nothing of the camera and the clipboard.
+        self.pick.change(self._add, [self.pick, *self.prompts], outputs, **quietly())
         for button, (_, shown) in zip(examples, EXAMPLES, strict=True):
             button.click(self._example(shown), None, outputs, **quietly())
         for i, what, button in buttons:
             button.click(self._change(i, what), self.prompts, outputs, **quietly())
 
     def _add(self, request: gr.Request, picked: list[tuple[str, Any]] | None, *prompts: str) -> Updates:
+        if not picked:  # emptied by the event before
+            return {self.pick: gr.skip()}
         session = self._studio.session(key_of(request))
         problems = []
-        for file, _ in picked or []:
+        for file, _ in picked:
             try:
                 self._studio.add_picture(session, Path(file))
             except Exception as error:

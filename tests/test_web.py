@@ -258,7 +258,7 @@ def test_a_second_run_with_other_sampling_settings_learns_nothing_anew(visitor: 
     expect(visitor.page.locator("#status")).to_contain_text("Learn the pictures")
     expect(visitor.page.locator("#status")).to_contain_text("Done in")
     seen: list[str] = []
-    visitor.page.expose_function("tell", seen.append)
+    visitor.page.expose_function("tell", lambda text: seen.append(text))
     visitor.page.evaluate(
         "new MutationObserver(() => tell(document.querySelector('#status').innerText))"
         ".observe(document.querySelector('#status'), {childList: true, subtree: true, characterData: true})"

@@ -388,6 +388,8 @@ def test_two_visitors_wait_for_each_other_and_see_only_their_own(browser: Browse
     for secret in ("/etc/passwd", str(Path(__file__)), str(DEMO.parent / "mini" / "model_index.json")):
         with pytest.raises(HTTPError, match="40[34]"):
             fetch(server.url + "gradio_api/file=" + quote(secret))
+    with pytest.raises(HTTPError, match="404"):
+        fetch(server.url + "gradio_api/file=http://example.com/picture.png")
     bob.close()
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:

@@ -20,6 +20,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
 from gradio.processing_utils import save_file_to_cache
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 from .catalog import ASSETS
 from .errors import UserError
@@ -29,6 +32,36 @@ from .web_parts import LOOK, Pictures, Result, Updates, key_of, models, settings
 from .web_settings import MAX_PICTURES, Settings
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
+
+#: Routes of gradio that fetch from elsewhere or run programs, of which this page needs none.
+_CLOSED = ("/file=http", "/proxy=", "/process_recording", "/vibe", "/monitoring")
+#: Browsers then ask no other host for anything, whatever a later gradio may bring.
+_HEADERS = {
+    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class Guard:
+    """ASGI middleware around gradio: closes what is not needed and tells browsers to stay here."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and any(part in scope["path"].lower() for part in _CLOSED):
+            await PlainTextResponse("Not found", 404)(scope, receive, send)
+            return
+
+        async def with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self._app(scope, receive, with_headers)
 
 
 def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str, str] | None) -> None:
@@ -59,6 +92,7 @@ def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str,
                 favicon_path=ASSETS / "demo" / "fox-face.png",
                 max_file_size=MAX_FILE_BYTES,
                 allowed_paths=[str(root / "sessions")],
+                app_kwargs={"middleware": [Middleware(Guard)]},
                 footer_links=[],
                 run_history=False,  # it would keep visitors' pictures in the browser
                 enable_monitoring=False,

@@ -177,12 +177,12 @@ def settings_panel(typed_models: bool, run: Callable[[], None]) -> tuple[dict[st
     with gr.Row(elem_classes="pair"):
         add(
             "frames",
-            gr.Slider(2, MAX_FRAMES, d.frames, step=1, label="Frames", info="More for a smoother, longer film."),
+            gr.Slider(2, MAX_FRAMES, d.frames, step=1, label="Frames", info="More is smoother, and longer."),
         )
-        add("fps", gr.Slider(1, 60, d.fps, step=1, label="Frames per second", info="More for a faster film."))
+        add("fps", gr.Slider(1, 60, d.fps, step=1, label="Frames a second", info="More is faster, and shorter."))
     with gr.Row(elem_classes="pair"):
-        add("loop", gr.Checkbox(d.loop, label="Loop", info="For a film that leads back to the first picture."))
-        add("ping_pong", gr.Checkbox(d.ping_pong, label="Ping-pong", info="To play it forwards, then backwards."))
+        add("loop", gr.Checkbox(d.loop, label="Loop", info="Leads back to the first picture."))
+        add("ping_pong", gr.Checkbox(d.ping_pong, label="Ping-pong", info="Plays forwards, then backwards."))
     run()
     with gr.Column(elem_id="more"):
         with gr.Accordion("Model and size", open=False):

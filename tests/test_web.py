@@ -327,6 +327,8 @@ def test_pictures_come_from_the_clipboard_and_the_camera(visitor: Visitor) -> No
     expect(page.locator("img.thumb")).to_have_count(2)
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#pick video')?.readyState >= 2")
+    page.wait_for_timeout(500)
     page.locator("#pick").get_by_label("capture photo").click()
     expect(page.locator("img.thumb")).to_have_count(3)
 

@@ -320,6 +320,9 @@ def test_pictures_come_from_the_clipboard_and_the_camera(visitor: Visitor) -> No
         const blob = await new Promise((resolve) => canvas.toBlob(resolve, 'image/png'));
         await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
     }"""
+    page.locator("#pick input[type=file]").wait_for(state="attached")
+    page.wait_for_timeout(500)
+    page.locator("h1").click()  # the page must have the focus
     page.evaluate(copy)
     page.keyboard.press("Control+v")
     expect(page.locator("img.thumb")).to_have_count(1)

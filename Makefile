@@ -31,6 +31,10 @@ test: lint ## lint, then every test that is quick
 test-all: lint ## lint, then the slow tests too (those for a GPU: pytest -m gpu)
 	@$(PY) -m pytest -q --durations=10 -m "not gpu"
 
+.PHONY: test-web
+test-web: .venv/.dev ## the web page, in a real browser (Debian's chromium; without one they are skipped)
+	@$(PY) -m pytest -q --durations=5 -m browser
+
 .PHONY: lint
 lint: .venv/.dev ## style and types
 	@$(PY) -m ruff check src tests scripts

@@ -56,8 +56,10 @@ def test_morph_writes_everything_asked_for_and_prints_one_json_object(tmp_path: 
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert list(figures) == [
-        *("output", "frames", "alphas", "distances", "ppl", "pdv", "seconds", "unet_rows", "model", "device", "seed")
+        *("output", "frames", "alphas", "distances", "ppl", "pdv", "seconds", "unet_rows", "model", "device", "seed"),
+        "settings",
     ]
+    assert figures["settings"] == read_settings(tmp_path / "films/a.mp4")
     assert figures["output"] == "films/a.mp4"
     assert (figures["frames"], figures["model"], figures["seed"]) == (3, "mini", 0)
     assert figures["alphas"][0] == 0 and figures["alphas"][-1] == 1 and len(figures["distances"]) == 2

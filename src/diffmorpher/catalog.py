@@ -6,13 +6,15 @@ import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
 
 from .config import FitConfig
 from .errors import ModelError
+
+if TYPE_CHECKING:
+    import torch  # imported where it is used: the names alone are wanted before it is loaded
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -42,6 +44,8 @@ CATALOG: dict[str, ModelSpec] = {
 
 def default_device() -> torch.device:
     """The fastest device present: CUDA, then Apple's MPS, then the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -49,6 +53,8 @@ def default_device() -> torch.device:
 
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The device asked for, or the fastest one. Raises `ModelError` for one that this machine lacks."""
+    import torch
+
     if device is None:
         return default_device()
     try:
@@ -61,6 +67,8 @@ def choose_device(device: str | torch.device | None) -> torch.device:
 
 def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     """The dtype asked for; else float32, on CUDA bfloat16 (float16 where the card has no bfloat16)."""
+    import torch
+
     if dtype is None:
         if device.type != "cuda":
             return torch.float32
@@ -137,3 +145,19 @@ def _is_sd2(file: Path) -> bool:
     key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
     with safe_open(file, "pt") as opened:
         return key in opened.keys() and opened.get_slice(key).get_shape()[1] == 1024  # noqa: SIM118
+
+
+def cached_models() -> dict[str, str]:
+    """Hub id and a remark for each diffusers model in the hub's cache; asks no network."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return {}
+    return {
+        repo.repo_id: f"in the cache, {repo.size_on_disk / 1e9:.1f} GB"
+        for repo in sorted(repos, key=lambda repo: repo.repo_id)
+        if any(file.file_name == "model_index.json" for revision in repo.revisions for file in revision.files)
+    }

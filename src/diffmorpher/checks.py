@@ -47,6 +47,21 @@ def check_fps(fps: float | None) -> None:
         raise OutputError(f"fps is {fps:g}, but must be a number from {MIN_FPS} to {MAX_FPS} frames per second.")
 
 
+def check_port(port: int | None) -> None:
+    if port is not None and not 1 <= port <= 65535:
+        raise ConfigError(f"the port is {port}, but must be a whole number from 1 to 65535.")
+
+
+def parse_auth(text: str | None) -> tuple[str, str] | None:
+    """ "name:password" as a pair; None stays None. The message does not repeat what may be a password."""
+    if text is None:
+        return None
+    user, _, password = text.partition(":")
+    if not user or not password:
+        raise ConfigError("--auth needs a name and a password with a colon between them, such as ann:secret.")
+    return user, password
+
+
 def check_alone(*options: tuple[str, object]) -> None:
     """Refuse options, each with its value, that contradict each other if more than one was typed."""
     typed = [name for name, value in options if value is not None and value is not False and value != []]

@@ -1,4 +1,4 @@
-"""The command line: `diffmorpher demo`, `morph`, `fit` and `info`.
+"""The command line: `diffmorpher demo`, `morph`, `fit`, `info` and `web`.
 
 Nothing is decided here: an option that was not typed is not passed on, so the library's default holds. What needs no
 model is checked before anything slow is imported or loaded.
@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Sequence
@@ -33,15 +34,17 @@ from .checks import (
     check_fps,
     check_loras,
     check_outputs,
+    check_port,
     check_seed,
     load_pictures,
+    parse_auth,
     parse_batch_size,
     parse_size,
     warn_unused,
 )
 from .config import FitConfig, SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError, OutputError, UserError
-from .film import check_output
+from .film import check_output, read_settings
 from .media import load_image
 from .progress import StageBars, console, quiet_bars, say, show_seconds, show_warnings, tame_libraries
 
@@ -100,6 +103,7 @@ def morph(
     frames: o.Frames = None,
     fps: o.Fps = None,
     loop: o.Loop = False,
+    ping_pong: o.PingPong = False,
     save_frames: o.SaveFrames = None,
     save_path: o.SavePath = None,
     prompts: o.Prompts = None,
@@ -177,7 +181,7 @@ def morph(
         options["fit"] = replace(morpher.spec.fit, **fit)
     with StageBars() as progress:
         result = morpher(pictures, prompts or None, sample=sample, loop=loop, progress=progress, **options)
-    seconds = _save(result, [out, *([save_frames] if save_frames else [])], loaded - started, fps, save_path)
+    seconds = _save(result, [out, *([save_frames] if save_frames else [])], loaded - started, fps, save_path, ping_pong)
     _summary(result, seconds)
     if as_json:
         _print_json(result, out, seconds)
@@ -226,7 +230,7 @@ def info(debug: o.Debug = False) -> None:
     _begin(debug)
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from .catalog import CATALOG, default_device
+    from .catalog import CATALOG, cached_models, default_device
 
     table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
     table.add_column(style="bold", no_wrap=True)
@@ -238,7 +242,7 @@ def info(debug: o.Debug = False) -> None:
     for name, about in _devices():
         table.add_row(name, about, "default" if name == str(default_device()) else "")
     table.add_section()
-    cached = _cached_models()
+    cached = cached_models()
     for name, spec in CATALOG.items():
         where = "bundled" if Path(spec.source).is_dir() else cached.get(spec.source, "not downloaded yet")
         table.add_row(name, spec.about, where)
@@ -249,6 +253,29 @@ def info(debug: o.Debug = False) -> None:
     table.add_section()
     table.add_row("model cache", HF_HUB_CACHE)
     Console(markup=False, emoji=False, highlight=False).print(table)
+
+
+@app.command()
+def web(
+    host: o.Host = "127.0.0.1",
+    port: o.Port = None,
+    share: o.Share = False,
+    auth: o.Auth = None,
+    debug: o.Debug = False,
+) -> None:
+    """Open a page in the browser that does all this without commands."""
+    _begin(debug)
+    check_port(port)
+    login = parse_auth(auth)
+    with tempfile.TemporaryDirectory(prefix="diffmorpher-web-", ignore_cleanup_errors=True) as root:
+        os.environ["GRADIO_TEMP_DIR"] = os.path.join(root, "uploads")  # gradio reads it when it is imported
+        try:
+            from .web import serve
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] not in ("gradio", "gradio_client"):
+                raise
+            raise UserError("the page needs another package: pip install 'diffmorpher[web]'.") from error
+        serve(Path(root), host, port, share, login)
 
 
 # ---- steps of a command
@@ -279,12 +306,17 @@ def _load(model: str | None = None, device: str | None = None, dtype: str | None
 
 
 def _save(
-    result: MorphResult, outputs: Sequence[Path], load: float, fps: float | None = None, save_path: Path | None = None
+    result: MorphResult,
+    outputs: Sequence[Path],
+    load: float,
+    fps: float | None = None,
+    save_path: Path | None = None,
+    ping_pong: bool = False,
 ) -> dict[str, float]:
     """Write the film in each place; return the seconds of every stage."""
     started = time.perf_counter()
     for output in outputs:
-        result.save(output, **_given(fps=fps))
+        result.save(output, **_given(fps=fps), ping_pong=ping_pong)
     if save_path:
         result.path.save(save_path)
     for output in [*outputs, *([save_path] if save_path else [])]:
@@ -308,6 +340,7 @@ def _print_json(result: MorphResult, output: Path, seconds: dict[str, float]) ->
         "seconds": {stage: round(s, 3) for stage, s in seconds.items()},
         "unet_rows": result.unet_rows,
         **{name: result.settings[name] for name in ("model", "device", "seed")},
+        "settings": read_settings(output),
     }
     print(json.dumps(figures, allow_nan=False))
 
@@ -323,22 +356,6 @@ def _devices() -> list[tuple[str, str]]:
     if torch.backends.mps.is_available():
         found.append(("mps", "Apple"))
     return found
-
-
-def _cached_models() -> dict[str, str]:
-    """Hub id and a remark for each diffusers model in the hub's cache; asks no network."""
-    from huggingface_hub import scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound
-
-    try:
-        repos = scan_cache_dir().repos
-    except CacheNotFound:
-        return {}
-    return {
-        repo.repo_id: f"in the cache, {repo.size_on_disk / 1e9:.1f} GB"
-        for repo in sorted(repos, key=lambda repo: repo.repo_id)
-        if any(file.file_name == "model_index.json" for revision in repo.revisions for file in revision.files)
-    }
 
 
 # ---- the way in and out

@@ -75,7 +75,12 @@ def check_output(out: PathLike) -> Path:
 
 
 def save_film(
-    frames: Iterable[Image.Image], out: PathLike, *, fps: float = 8, metadata: Mapping[str, object] | None = None
+    frames: Iterable[Image.Image],
+    out: PathLike,
+    *,
+    fps: float = 8,
+    metadata: Mapping[str, object] | None = None,
+    ping_pong: bool = False,
 ) -> Path:
     """Write the frames to `out` in the format of its suffix and return its path.
 
@@ -85,6 +90,7 @@ def save_film(
     fps: frames per second, 0.01 to 240. A gif above 50 or a webp above 90, which browsers would play slowly, keeps its
         duration and skips frames.
     metadata: settings to store as JSON in the file (in each frame's file for a folder); see `read_settings`.
+    ping_pong: a film plays forwards, then backwards to just before its first frame; no matter for sheets and folders.
 
     Raises `OutputError`; an older film at `out` is then still whole.
     """
@@ -99,6 +105,8 @@ def save_film(
             return path
         with replacing(path) as part:
             suffix = path.suffix.lower()
+            if ping_pong and suffix != ".png":
+                pictures = pictures + pictures[-2:0:-1]
             if suffix == ".mp4":
                 _write_mp4(pictures, part, Fraction(float(fps)).limit_denominator(100_000), settings)
             elif suffix == ".gif":

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from operator import index
 from pathlib import Path
@@ -40,6 +40,7 @@ class MorphResult:
     (n - 1 of them; in a loop n, the last back to the first frame). seconds: wall time by stage. unet_rows: rows of all
     U-Net batches, a trained row counting 3. settings: what it was made with (the pictures by their hashes), which goes into
     the film's metadata.
+    distances_before: the distances of evenly spaced positions, before rescheduling; empty without it.
     """
 
     frames: list[Image.Image]
@@ -49,6 +50,7 @@ class MorphResult:
     unet_rows: int
     settings: dict[str, Any]
     path: MorphPath
+    distances_before: list[float] = field(default_factory=list)
 
     @property
     def ppl(self) -> float:
@@ -60,12 +62,14 @@ class MorphResult:
         """Perceptual distance variance: how uneven the film is."""
         return pdv(self.distances)
 
-    def save(self, out: str | os.PathLike[str], fps: float = 8) -> Path:
+    def save(self, out: str | os.PathLike[str], fps: float = 8, ping_pong: bool = False) -> Path:
         """Write .mp4, .gif, .webp, .png (contact sheet), or a folder of PNG frames where the name has no suffix.
 
-        Raises `OutputError`; an older output is then left as it was.
+        ping_pong: a film that runs back to its first frame, so that it plays on without a jump; sheets and folders
+        hold each frame once. Raises `OutputError`; an older output is then left as it was.
         """
-        return save_film(self.frames, out, fps=fps, metadata=self.settings | {"fps": fps})
+        metadata = self.settings | {"fps": fps, "ping_pong": ping_pong}
+        return save_film(self.frames, out, fps=fps, metadata=metadata, ping_pong=ping_pong)
 
 
 class Morpher:
@@ -259,9 +263,10 @@ class Morpher:
                     )
                 return pixels, distances
 
+        before: list[float] = []
         if schedule.enabled and num_frames > (2 if not path.loop else 1):
-            _, distances = frames_at(positions, "schedule")
-            positions = even_positions(positions, distances, num_frames, path.num_images, path.loop)
+            _, before = frames_at(positions, "schedule")
+            positions = even_positions(positions, before, num_frames, path.num_images, path.loop)
         pixels, distances = frames_at(positions, "sample")
         settings = {
             "diffmorpher": version("diffmorpher"),
@@ -275,7 +280,7 @@ class Morpher:
             "alphas": positions,
         }
         rows = self.backbone.unet_rows - rows_before
-        return MorphResult(to_pil(pixels), positions, distances, seconds, rows, settings, path)
+        return MorphResult(to_pil(pixels), positions, distances, seconds, rows, settings, path, before)
 
     def __call__(
         self,

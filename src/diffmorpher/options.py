@@ -36,6 +36,7 @@ OutFolder = Annotated[Path, typer.Option("-o", "--out", help="Folder for the res
 OutLora = Annotated[Path, _option("Output", "-o --out", "A .safetensors file, for 'morph --lora' or others.", "OUT")]
 Frames = Annotated[int | None, _option("Output", "--frames", "How many; at least one for each image.", "N", NUM_FRAMES)]
 Fps = Annotated[float | None, _option("Output", "--fps", "Frames per second.", "F", _FPS)]
+PingPong = Annotated[bool, _option("Output", "--ping-pong", "Play forwards, then backwards.")]
 Loop = Annotated[bool, _option("Output", "--loop", "Return to the first image.")]
 SaveFrames = Annotated[Path | None, _option("Output", "--save-frames", "Also write every frame as PNG.", "DIR")]
 SavePath = Annotated[
@@ -110,6 +111,11 @@ BatchSize = Annotated[
     str | None,
     _option("Model", "--batch-size", "Frames at once; lower it if memory runs out.", "B", _SAMPLE.batch_size),
 ]
+
+Host = Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets other machines in.", metavar="H")]
+Port = Annotated[int | None, _option("Page", "--port", "Port to listen on.", "P", "the first free one from 7860")]
+Share = Annotated[bool, _option("Page", "--share", "Also give it a public address, through gradio.live.")]
+Auth = Annotated[str | None, _option("Page", "--auth", "Ask visitors for this name and password.", "USER:PASSWORD")]
 
 Seed = Annotated[int | None, _option("Other", "--seed", "The same one repeats a result, another gives another.", "S")]
 Json = Annotated[bool, _option("Other", "--json", "Print the run's figures to standard output, as one JSON object.")]

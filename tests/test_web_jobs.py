@@ -19,7 +19,8 @@ from diffmorpher.catalog import ASSETS
 from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError
 from diffmorpher.film import read_settings
 from diffmorpher.web_html import chart, frame, progress, strip
-from diffmorpher.web_jobs import LONGEST_LINE, Job, Line, Session, Studio, check_picture, explain
+from diffmorpher.web_jobs import Session, Studio, check_picture, explain
+from diffmorpher.web_line import LONGEST_LINE, Job, Line
 from diffmorpher.web_settings import Settings, different_names, film_name
 
 DEMO = ASSETS / "demo"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import platform
 import signal
 import sys
 import tempfile
@@ -22,9 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from . import options as o
 from .checks import (
@@ -228,31 +225,9 @@ def fit(
 def info(debug: o.Debug = False) -> None:
     """Versions, devices, and which models are here."""
     _begin(debug)
-    from huggingface_hub.constants import HF_HUB_CACHE
+    from .about import about_table
 
-    from .catalog import CATALOG, cached_models, default_device
-
-    table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    table.add_column(overflow="fold")
-    for name in ("diffmorpher", "torch", "diffusers", "transformers"):
-        table.add_row(name, version(name))
-    table.add_row("python", platform.python_version(), end_section=True)
-    for name, about in _devices():
-        table.add_row(name, about, "default" if name == str(default_device()) else "")
-    table.add_section()
-    cached = cached_models()
-    for name, spec in CATALOG.items():
-        where = "bundled" if Path(spec.source).is_dir() else cached.get(spec.source, "not downloaded yet")
-        table.add_row(name, spec.about, where)
-    known = {spec.source for spec in CATALOG.values()}
-    for name, where in cached.items():
-        if name not in known:
-            table.add_row(name, "", where)
-    table.add_section()
-    table.add_row("model cache", HF_HUB_CACHE)
-    Console(markup=False, emoji=False, highlight=False).print(table)
+    Console(markup=False, emoji=False, highlight=False).print(about_table())
 
 
 @app.command()
@@ -343,19 +318,6 @@ def _print_json(result: MorphResult, output: Path, seconds: dict[str, float]) ->
         "settings": read_settings(output),
     }
     print(json.dumps(figures, allow_nan=False))
-
-
-def _devices() -> list[tuple[str, str]]:
-    """(name, description) of every device torch can use here."""
-    import torch
-
-    found = [("cpu", f"{platform.machine()}, {os.cpu_count()} cores")]
-    for i in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(i)
-        found.append((f"cuda:{i}" if i else "cuda", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"))
-    if torch.backends.mps.is_available():
-        found.append(("mps", "Apple"))
-    return found
 
 
 # ---- the way in and out

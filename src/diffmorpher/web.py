@@ -27,8 +27,10 @@ from starlette.responses import PlainTextResponse
 from .catalog import ASSETS
 from .errors import UserError
 from .progress import say
-from .web_jobs import MAX_FILE_BYTES, Job, Studio, explain, figures
-from .web_parts import LOOK, Pictures, Result, Updates, key_of, models, settings_panel
+from .web_jobs import MAX_FILE_BYTES, Studio, explain, figures
+from .web_line import Job
+from .web_panel import models, settings_panel
+from .web_parts import LOOK, Pictures, Result, Updates, key_of
 from .web_settings import MAX_PICTURES, Settings
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")

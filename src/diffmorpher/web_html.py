@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 if TYPE_CHECKING:
-    from .web_jobs import Job
+    from .web_line import Job
 
 #: The stages of a job in their order, as a person would call them.
 STAGES = {

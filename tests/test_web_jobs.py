@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -16,6 +18,7 @@ from PIL import Image
 
 from diffmorpher import FitConfig, Morpher
 from diffmorpher.catalog import ASSETS
+from diffmorpher.checks import check_port, parse_auth
 from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError
 from diffmorpher.film import read_settings
 from diffmorpher.web_html import chart, frame, progress, strip
@@ -106,6 +109,24 @@ def test_a_bad_setting_is_named(values: dict[str, Any], message: str) -> None:
 def test_names() -> None:
     assert different_names(["image.png", "image.png", "image-2.png"]) == ["image.png", "image-2.png", "image-2-2.png"]
     assert film_name(["cat.png", "dog.jpg"]) == "cat-dog"
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    assert parse_auth("ann:a:b") == ("ann", "a:b") and parse_auth(None) is None
+    with pytest.raises(ConfigError, match="such as ann:secret"):
+        parse_auth("secret")
+    with pytest.raises(ConfigError, match="the port is 70000"):
+        check_port(70000)
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('No module named gradio', name='gradio')")
+    done = subprocess.run(
+        [sys.executable, "-m", "diffmorpher", "web"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "diffmorpher: error: the page needs another package: pip install 'diffmorpher[web]'.\n"
 
 
 # ---- the line

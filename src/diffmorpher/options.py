@@ -112,7 +112,10 @@ BatchSize = Annotated[
     _option("Model", "--batch-size", "Frames at once; lower it if memory runs out.", "B", _SAMPLE.batch_size),
 ]
 
-Host = Annotated[str, typer.Option("--host", help="Where to listen; 0.0.0.0 lets other machines in.", metavar="H")]
+Host = Annotated[
+    str,
+    _option("Page", "--host", "Where to listen; 0.0.0.0 lets other machines in.", "H", "127.0.0.1, this machine alone"),
+]
 Port = Annotated[int | None, _option("Page", "--port", "Port to listen on.", "P", "the first free one from 7860")]
 Share = Annotated[bool, _option("Page", "--share", "Also give it a public address, through gradio.live.")]
 Auth = Annotated[str | None, _option("Page", "--auth", "Ask visitors for this name and password.", "USER:PASSWORD")]

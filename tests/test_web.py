@@ -89,6 +89,10 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+#: What gradio's script says when its page is left with a connection open.
+ABORTED = ("AbortError: signal is aborted", "Unexpected error Connection errored out")
+
+
 class Visitor:
     """A person at the page, in a browser of his own. `close` checks that nothing went wrong unseen."""
 
@@ -108,12 +112,16 @@ class Visitor:
         self.open()
 
     def open(self) -> None:
+        before = len(self.errors)
         self.page.goto(self.server.url)
         expect(self.page.locator("#morph")).to_be_enabled(timeout=30_000)
+        # A page that is left aborts its connection to the server, and says so to nobody.
+        self.errors[before:] = [error for error in self.errors[before:] if not error.startswith(ABORTED)]
 
     def close(self) -> None:
+        errors = list(self.errors)  # before the page is left
         self.context.close()
-        assert self.errors == []
+        assert errors == []
         assert self.hosts <= {urlsplit(self.server.url).netloc, ""}, self.hosts  # "" is data: and blob:
 
     def upload(self, *files: str) -> None:

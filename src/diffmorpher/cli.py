@@ -43,7 +43,7 @@ from .config import FitConfig, SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError, OutputError, UserError
 from .film import check_output, read_settings
 from .media import load_image
-from .progress import StageBars, console, quiet_bars, say, show_seconds, show_warnings, tame_libraries
+from .progress import StageBars, console, quiet_bars, quiet_libraries, say, show_seconds, show_warnings
 
 if TYPE_CHECKING:
     from .morpher import Morpher, MorphResult
@@ -257,7 +257,7 @@ def web(
 
 
 def _begin(debug: bool) -> None:
-    tame_libraries()
+    quiet_libraries()
     show_warnings(others=debug)
 
 

@@ -36,13 +36,8 @@ def say(text: str) -> None:
     console.print(line, soft_wrap=True)
 
 
-def tame_libraries() -> None:
-    """Errors only, no bars, and no spinning threads from the libraries below; to be called before they are imported.
-
-    Torch's threads spin while they wait for each other, which on a machine busy with something else slows a run down 3
-    to 8 times (measured on two cores beside one busy process: 40 steps of a fit in 36 to 64 s spinning, 8 s asleep).
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+def quiet_libraries() -> None:
+    """Errors only, and no bars, from the libraries below; to be called before they are imported."""
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

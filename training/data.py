@@ -45,7 +45,17 @@ SKIN_TONES = {
 # gesture do not crowd it out.
 CATEGORY_WEIGHTS = {"Flags": 0.25, "Symbols": 0.5, "People & Body": 0.6, "Component": 0.25}
 # Pictures that say something else in a mirror: writing, flags, clocks, arrows, hands.
-NO_FLIP = {"Flags", "Symbols", "Component", "time", "money", "mail", "game", "hand-fingers-partial", "hand-single-finger"}
+NO_FLIP = {
+    "Flags",
+    "Symbols",
+    "Component",
+    "time",
+    "money",
+    "mail",
+    "game",
+    "hand-fingers-partial",
+    "hand-single-finger",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +166,11 @@ def _plainer(name: str) -> list[str]:
 
 
 def _file(entry: dict, files: set[str]) -> str | None:
-    codes = (entry["unified"].lower(), (entry.get("non_qualified") or "").lower(), entry["unified"].lower().replace("-fe0f", ""))
+    codes = (
+        entry["unified"].lower(),
+        (entry.get("non_qualified") or "").lower(),
+        entry["unified"].lower().replace("-fe0f", ""),
+    )
     return next((code for code in codes if code in files), None)
 
 

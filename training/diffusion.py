@@ -140,10 +140,15 @@ def cache_latents(vae: AutoencoderKL, work: Path, pictures: list[data.Picture], 
 class DiffusionTraining:
     """Text encoder, U-Net, their averages and optimizer, and one step."""
 
-    def __init__(self, config: DiffusionConfig, tokenizer: CLIPTokenizer, latent_shape: tuple[int, ...], device: torch.device):
+    def __init__(
+        self, config: DiffusionConfig, tokenizer: CLIPTokenizer, latent_shape: tuple[int, ...], device: torch.device
+    ):
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.model = nn.ModuleDict(
-            {"text": build_text_encoder(config, tokenizer), "unet": build_unet(config, latent_shape[0], latent_shape[-1])}
+            {
+                "text": build_text_encoder(config, tokenizer),
+                "unet": build_unet(config, latent_shape[0], latent_shape[-1]),
+            }
         ).to(device)
         self.average = moving_average(self.model, config.ema)
         unet, text = self.model["unet"], self.model["text"]
@@ -157,7 +162,9 @@ class DiffusionTraining:
 
     def loss(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
         """The min-SNR-weighted error of the predicted velocity, a scalar."""
-        tokens = self.tokenizer(captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt")
+        tokens = self.tokenizer(
+            captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        )
         abar = self.abar[t].view(-1, 1, 1, 1)
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
         target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
@@ -213,7 +220,8 @@ def main() -> None:
         chosen = torch.multinomial(weights, config.batch, replacement=len(training) < config.batch, generator=draw)
         variant = torch.randint(0, len(latents), (config.batch,), generator=draw)
         captions = [
-            "" if words.random() < config.caption_dropout else data.draw_caption(training[i], words) for i in chosen.tolist()
+            "" if words.random() < config.caption_dropout else data.draw_caption(training[i], words)
+            for i in chosen.tolist()
         ]
         run.record(loss=part.step(latents[variant, chosen], captions, run.learning_rate(config.learning_rate), draw))
     part.average.module["unet"].save_pretrained(args.work / "unet")

@@ -110,7 +110,9 @@ class Run:
         about = json.loads((folder / "about.json").read_text())
         data = b"".join((folder / name).read_bytes() for name in about["parts"])
         if hashlib.sha256(data).hexdigest() != about["sha256"]:
-            raise SystemExit(f"{folder} is damaged: its parts do not have the digest in about.json. Delete it to start over.")
+            raise SystemExit(
+                f"{folder} is damaged: its parts do not have the digest in about.json. Delete it to start over."
+            )
         states = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         for name, part in self.parts.items():
             part.load_state_dict(states[name])

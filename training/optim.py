@@ -17,7 +17,9 @@ class Muon(torch.optim.Optimizer):
     The step's size is matched to AdamW's (0.2 sqrt(max(rows, columns)), J. Liu et al. 2025), so that both share one rate.
     """
 
-    def __init__(self, model: nn.Module, lr: float, weight_decay: float = 1e-2, plain: Iterable[nn.Module] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, lr: float, weight_decay: float = 1e-2, plain: Iterable[nn.Module] = ()
+    ) -> None:
         kept = {id(p) for module in plain for p in module.parameters()}
         parameters = list(model.parameters())
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in kept]

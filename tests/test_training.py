@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))  # training/ is beside the package, not in it
 from training import data  # noqa: E402
 from training.autoencoder import CONFIGS, build, fold_latent_statistics, psnr, reconstruct  # noqa: E402
 from training.diffusion import build_tokenizer, varied  # noqa: E402
-from training.loop import Run, moving_average  # noqa: E402
+from training.loop import Limits, Run, moving_average  # noqa: E402
 from training.optim import Muon, orthogonal  # noqa: E402
 
 
@@ -91,7 +91,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
             model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
             optimizer = Muon(model, 1e-2)
             average = moving_average(model)
-            training = Run(folder, 60, {"model": model, "optimizer": optimizer, "average": average}, most_steps=4)
+            training = Run(folder, {"model": model, "optimizer": optimizer, "average": average}, Limits(60, steps=4))
             for step in training.steps():
                 inputs = torch.randn(3, 4, generator=torch.Generator().manual_seed(step))
                 optimizer.zero_grad()
@@ -106,18 +106,40 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
-    Run(tmp_path, 1, {"model": model}).save()
+    Run(tmp_path, {"model": model}, Limits(1)).save()
     part = tmp_path / "checkpoint" / "part-000"
     part.write_bytes(part.read_bytes()[:-1] + b"x")
     with pytest.raises(SystemExit, match="damaged"):
-        Run(tmp_path, 1, {"model": model})
+        Run(tmp_path, {"model": model}, Limits(1))
 
 
 def test_checkpoints_come_in_parts_of_sixteen_mebibytes(tmp_path: Path) -> None:
     model = torch.nn.Linear(2048, 2560)  # 21 MB
-    Run(tmp_path, 1, {"model": model}).save()
+    Run(tmp_path, {"model": model}, Limits(1)).save()
     sizes = [file.stat().st_size for file in sorted((tmp_path / "checkpoint").glob("part-*"))]
     assert len(sizes) == 2 and max(sizes) == 16 * 2**20
+
+
+def test_a_slim_checkpoint_holds_the_weights_in_sixteen_bits(tmp_path: Path) -> None:
+    model = torch.nn.Linear(8, 8)
+    optimizer = Muon(model, 1e-2)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+    parts = {"model": model, "optimizer": optimizer}
+    Run(tmp_path, parts, Limits(1, slim=True)).save()
+    weight = model.weight.detach().clone()
+    torch.nn.init.zeros_(model.weight)
+    Run(tmp_path, parts, Limits(1))
+    torch.testing.assert_close(model.weight.detach(), weight.bfloat16().float(), rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_was_being_replaced_is_found(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    run_ = Run(tmp_path, {"model": model}, Limits(1))
+    run_.step = 7
+    run_.save()
+    (tmp_path / "checkpoint").rename(tmp_path / "checkpoint.old")
+    assert Run(tmp_path, {"model": model}, Limits(1)).step == 7
 
 
 def test_the_held_out_tenth() -> None:

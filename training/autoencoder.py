@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from diffmorpher.perceptual import PerceptualDistance
 from training import data
-from training.loop import Run, moving_average, set_learning_rate
+from training.loop import Limits, Run, moving_average, set_learning_rate
 from training.optim import Muon
 
 SIZE = 128
@@ -184,11 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--preset", choices=CONFIGS, default="cpu")
-    parser.add_argument("--minutes", type=float, default=45)
-    parser.add_argument("--slice", type=float, help="stop after so many minutes; run again to go on")
-    parser.add_argument("--steps", type=int, help="the budget in steps instead of minutes")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    Limits.add_arguments(parser, minutes=45)
     args = parser.parse_args()
 
     config = CONFIGS[args.preset]
@@ -201,7 +197,7 @@ def main() -> None:
     check = torch.from_numpy(data.read_images(args.work, few, SIZE)).float() / 127.5 - 1
 
     part = AutoencoderTraining(config, torch.device(args.device))
-    run = Run(args.work / "autoencoder", args.minutes, part.parts(), args.slice, args.steps)
+    run = Run(args.work / "autoencoder", part.parts(), Limits.of(args))
     draw = torch.Generator().manual_seed(args.seed + run.step)
     for step in run.steps(log_every=100):
         chosen = torch.multinomial(weights, config.batch, generator=draw)

@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training import data
 from training.autoencoder import SIZE
-from training.loop import Run, moving_average, set_learning_rate
+from training.loop import Limits, Run, moving_average, set_learning_rate
 from training.optim import Muon
 
 MAX_TOKENS = 24
@@ -196,11 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--preset", choices=CONFIGS, default="cpu")
-    parser.add_argument("--minutes", type=float, default=75)
-    parser.add_argument("--slice", type=float, help="stop after so many minutes; run again to go on")
-    parser.add_argument("--steps", type=int, help="the budget in steps instead of minutes")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
+    Limits.add_arguments(parser, minutes=75)
     args = parser.parse_args()
 
     config, device = CONFIGS[args.preset], torch.device(args.device)
@@ -213,7 +209,7 @@ def main() -> None:
     weights = torch.tensor([picture.weight for picture in training])
 
     part = DiffusionTraining(config, tokenizer, tuple(latents.shape[2:]), device)
-    run = Run(args.work / "diffusion", args.minutes, part.parts(), args.slice, args.steps)
+    run = Run(args.work / "diffusion", part.parts(), Limits.of(args))
     draw = torch.Generator().manual_seed(args.seed + run.step)
     words = random.Random(args.seed + run.step)
     for _ in run.steps(log_every=50):

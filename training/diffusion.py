@@ -34,7 +34,7 @@ class DiffusionConfig:
     text_layers: int = 3
     vocabulary: int = 2600
     batch: int = 48
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     ema: float = 0.998
     snr_limit: float = 5.0  # gamma of min-SNR
     caption_dropout: float = 0.1

@@ -47,6 +47,7 @@ class StoredAttention:
     def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         h = hidden_states
         q, k, v = attn.to_q(h), attn.to_k(h), attn.to_v(h)
+        attended = [(1.0, k, v)]  # what is attended to, and with which share
         if self.record is not None:
             self.record.append((h, k, v))
         if self.source is not None:
@@ -54,13 +55,21 @@ class StoredAttention:
             (h_0, k_0, v_0), (h_1, k_1, v_1) = end_0.pop(0), end_1.pop(0)
             if mode == "features":
                 mixed = (1 - a) * h_0 + a * h_1
-                k, v = attn.to_k(mixed), attn.to_v(mixed)
+                attended = [(1.0, attn.to_k(mixed), attn.to_v(mixed))]
+            elif mode == "kv":
+                attended = [(1.0, (1 - a) * k_0 + a * k_1, (1 - a) * v_0 + a * v_1)]
             else:
-                k, v = (1 - a) * k_0 + a * k_1, (1 - a) * v_0 + a * v_1
-        heads = attn.heads
-        q, k, v = (x.reshape(1, -1, heads, x.shape[-1] // heads).transpose(1, 2) for x in (q, k, v))
-        weights = torch.softmax(q @ k.transpose(2, 3) / q.shape[-1] ** 0.5, dim=-1)
-        return attn.to_out[0]((weights @ v).transpose(1, 2).flatten(2))
+                attended = [
+                    (1 - a, torch.cat([k, k_0], 1), torch.cat([v, v_0], 1)),
+                    (a, torch.cat([k, k_1], 1), torch.cat([v, v_1], 1)),
+                ]
+        result: Tensor | float = 0.0
+        for share, keys, values in attended:
+            heads = (x.reshape(1, -1, attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in (q, keys, values))
+            query, key, value = heads
+            weights = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)
+            result = result + share * (weights @ value).transpose(1, 2).flatten(2)
+        return attn.to_out[0](result)
 
 
 def merged_unet(path: MorphPath, weights: Tensor, blend: str) -> Any:
@@ -122,6 +131,7 @@ def run_sequentially(path: MorphPath, positions: list[float], config: SampleConf
     [
         ({}, {}),
         ({"attention_mode": "kv"}, {}),
+        ({"attention_mode": "outer"}, {}),
         ({"lora_blend": "product"}, {"linear": True}),
         ({"adain": False, "attention_lambda": 1.0}, {}),
         ({"attention_lambda": 0.0}, {}),
@@ -143,6 +153,7 @@ def test_each_part_matters_on_this_path() -> None:
     for changes in (
         {"attention_lambda": 0.0},
         {"attention_mode": "kv"},
+        {"attention_mode": "outer"},
         {"lora_blend": "product"},
         {"adain": False},
         {"fix_lora": 0.0},
@@ -150,6 +161,17 @@ def test_each_part_matters_on_this_path() -> None:
     ):
         other = path.sample([0.5], SampleConfig(steps=STEPS, **changes), output="latent")
         assert (other - middle).abs().max() > 1e-2, changes
+
+
+def test_outer_attention_leaves_the_ends_and_the_processors_as_they_are() -> None:
+    path = make_path()
+    before = dict(path.backbone.unet.attn_processors)
+    plain = path.sample([0.0, 1.0], SampleConfig(steps=STEPS, attention_lambda=0.0), output="latent")
+    outer = path.sample(
+        [0.0, 1.0], SampleConfig(steps=STEPS, attention_mode="outer", attention_lambda=1.0), output="latent"
+    )
+    assert_close(outer, plain, rtol=1e-4, atol=1e-4)
+    assert all(path.backbone.unet.attn_processors[name] is processor for name, processor in before.items())
 
 
 def test_three_images_and_a_loop_are_sequential_too() -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from .interpolate import Between, lerp
 
@@ -19,13 +20,14 @@ def replaced_steps(attention_lambda: float, steps: int) -> int:
 
 
 @contextmanager
-def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["features", "kv"]) -> Iterator[None]:
+def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["features", "kv", "outer"]) -> Iterator[None]:
     """While open, row b of a batch draws its keys and values from its two end rows of the same batch.
 
     rows: for every row of the batch the two batch rows that hold its end images, and its alpha. An end row names itself.
     mode: "features" mixes what goes into `to_k` and `to_v`, `K_b = to_k((1 - a) h_left + a h_right)` with row b's own
-    LoRA; "kv" mixes what comes out, `K_b = (1 - a) K_left + a K_right`, each end's made with its own LoRA. A LoRA bank
-    must be attached before, so that its share is in what comes out.
+    LoRA; "kv" mixes what comes out, `K_b = (1 - a) K_left + a K_right`, each end's made with its own LoRA; "outer"
+    mixes what attention gives, see `_OuterAttention`. A LoRA bank must be attached before, so that its share is in what comes
+    out.
     """
     device = next(unet.parameters()).device
     left, right, alpha = rows.left.to(device), rows.right.to(device), rows.alpha.to(device, torch.float32)
@@ -39,8 +41,16 @@ def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["featur
     def mix_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return mix(output)
 
-    handles = []
+    handles: list[Any] = []
+    processors: dict[Any, Any] = {}
     try:
+        if mode == "outer":
+            for name, module in unet.named_modules():
+                if name.startswith("up_blocks.") and name.endswith(".attn1"):
+                    processors[module] = module.processor
+                    module.set_processor(_OuterAttention(left, right, alpha))
+            yield
+            return
         for name, module in unet.named_modules():
             if name.startswith("up_blocks.") and name.endswith((".attn1.to_k", ".attn1.to_v")):
                 if mode == "features":
@@ -51,3 +61,28 @@ def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["featur
     finally:
         for handle in handles:
             handle.remove()
+        for module, processor in processors.items():
+            module.set_processor(processor)
+
+
+class _OuterAttention:
+    """`(1 - a) ATT(Q, [K, K_left], [V, V_left]) + a ATT(Q, [K, K_right], [V, V_right])`, the row's own keys and values first.
+
+    The outer interpolation of AID (Q. He et al., NeurIPS 2024) with the end images as they ride in the batch. An end row
+    (a = 0, left itself) sees everything twice, which is its own attention. A diffusers attention processor.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, alpha: Tensor) -> None:
+        self.left, self.right, self.alpha = left, right, alpha
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (B, N, D) -> (B, N, D)
+        q, k, v = (
+            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
+            for project in (attn.to_q, attn.to_k, attn.to_v)
+        )
+
+        def with_end(end: Tensor) -> Tensor:
+            return scaled_dot_product_attention(q, torch.cat([k, k[end]], dim=2), torch.cat([v, v[end]], dim=2))
+
+        mixed = lerp(with_end(self.left), with_end(self.right), self.alpha)
+        return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))

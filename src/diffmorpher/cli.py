@@ -1,4 +1,4 @@
-"""The command line: `diffmorpher demo`, `morph`, `fit`, `info` and `web`.
+"""The command line: `diffmorpher demo`, `morph`, `fit`, `info` and `web`; `bench` and `compare` are in cli_bench.py.
 
 Nothing is decided here: an option that was not typed is not passed on, so the library's default holds. What needs no
 model is checked before anything slow is imported or loaded.
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
+from . import cli_bench
 from . import options as o
 from .checks import (
     check_alone,
@@ -119,6 +120,7 @@ def morph(
     no_attention: o.NoAttention = False,
     no_adain: o.NoAdain = False,
     no_reschedule: o.NoReschedule = False,
+    preview: o.Preview = False,
     guidance: o.Guidance = None,
     model: o.Model = None,
     device: o.Device = None,
@@ -137,13 +139,20 @@ def morph(
     pixels = parse_size(size)
     lora, prompts = lora or [], prompts or []
     check_alone(("--lora", lora), ("--no-lora", no_lora))
+    check_alone(("--lora", lora), ("--preview", preview))
+    if preview:
+        no_lora, no_reschedule = True, True
+        attention_mode = attention_mode or "outer"
     fitting = {"--lora-steps": lora_steps, "--lora-rank": lora_rank, "--lora-lr": lora_lr}
     if no_lora:
-        warn_unused("--no-lora", fitting | {"--fix-lora": fix_lora, "--lora-blend": lora_blend})
+        warn_unused(
+            "--preview" if preview else "--no-lora", fitting | {"--fix-lora": fix_lora, "--lora-blend": lora_blend}
+        )
     if lora:
         warn_unused("--lora", fitting)
     if no_attention:
-        warn_unused("--no-attention", {"--attention-lambda": attention_lambda, "--attention-mode": attention_mode})
+        typed_mode = None if preview else attention_mode
+        warn_unused("--no-attention", {"--attention-lambda": attention_lambda, "--attention-mode": typed_mode})
     fit = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**fit)
     sample = SampleConfig(
@@ -251,6 +260,10 @@ def web(
                 raise
             raise UserError("the page needs another package: pip install 'diffmorpher[web]'.") from error
         serve(Path(root), host, port, share, login)
+
+
+app.command()(cli_bench.bench)
+app.command()(cli_bench.compare)
 
 
 # ---- steps of a command

@@ -67,7 +67,8 @@ class SampleConfig:
 
     steps: T, DDIM steps of the inversion and of the sampling.
     attention_lambda: share of the steps, from the first, in which self-attention is interpolated; 0 switches it off.
-    attention_mode: "features" mixes the layer's inputs, "kv" its keys and values, each end's made with its own LoRA.
+    attention_mode: "features" mixes the layer's inputs, "kv" its keys and values, each end's made with its own LoRA;
+        "outer" mixes two attentions, each to the frame itself and one end: for morphs without LoRA.
     lora_blend: "factors" mixes A and B, "product" mixes B A x; "auto" takes factors where all LoRAs share a start.
     adain: give the mixed noise the interpolated channel statistics of the two ends.
     guidance_scale: classifier-free guidance; 1 is off, as in the paper.
@@ -77,7 +78,7 @@ class SampleConfig:
 
     steps: int = 50
     attention_lambda: float = 0.6
-    attention_mode: Literal["features", "kv"] = "features"
+    attention_mode: Literal["features", "kv", "outer"] = "features"
     lora_blend: Literal["auto", "factors", "product"] = "auto"
     adain: bool = True
     guidance_scale: float = 1.0
@@ -92,7 +93,8 @@ class SampleConfig:
             self.attention_lambda,
             "a number from 0 to 1",
         )
-        _require(self.attention_mode in ("features", "kv"), "attention mode", self.attention_mode, '"features" or "kv"')
+        modes = ("features", "kv", "outer")
+        _require(self.attention_mode in modes, "attention mode", self.attention_mode, '"features", "kv" or "outer"')
         _require(
             self.lora_blend in ("auto", "factors", "product"),
             "LoRA blend",

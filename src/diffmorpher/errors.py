@@ -33,6 +33,10 @@ class PathFileError(UserError):
     """A saved morph path cannot be read, or does not belong to the model."""
 
 
+class DataError(UserError):
+    """A data set of the benchmark, or a file of results, cannot be used."""
+
+
 class OutputError(UserError):
     """The output cannot be written where, or in the format, that was asked for."""
 

@@ -130,7 +130,7 @@ class Morpher:
         """
         _check_images(images)
         steps = (SampleConfig() if steps is None else SampleConfig(steps=steps)).steps
-        size = self._working_size(size)
+        size = self.working_size(size)
         texts = _one_each(prompts, len(images))
         pictures = [fit_image(load_image(image), size, resize) for image in images]
         hashes = [image_hash(picture) for picture in pictures]
@@ -177,10 +177,26 @@ class Morpher:
         progress: ProgressCallback | None = None,
     ) -> Lora:
         """Fit one image's LoRA, the same as `prepare` would, to be written with `save_lora` and passed in `loras` later."""
-        picture = fit_image(load_image(image), self._working_size(size), resize)
-        mean, std, conditioning = self._encode([picture], [prompt])
-        config = self._fit_config(fit)
-        return self._fit(mean, std, conditioning, config, seed, progress, [prompt], [image_hash(picture)]).lora(0)
+        return self.fit_all([image], prompt, fit, seed, size=size, resize=resize, progress=progress)[0]
+
+    def fit_all(
+        self,
+        images: Sequence[ImageSource],
+        prompts: str | Sequence[str] | None = None,
+        fit: FitConfig | Literal["recommended"] = "recommended",
+        seed: int = 0,
+        *,
+        size: Sequence[int] | None = None,
+        resize: Literal["crop", "pad"] = "crop",
+        progress: ProgressCallback | None = None,
+    ) -> list[Lora]:
+        """Fit one LoRA to each of one or more images, all in one batch, as `prepare` does."""
+        texts = _one_each(prompts, len(images))
+        pictures = [fit_image(load_image(image), self.working_size(size), resize) for image in images]
+        mean, std, conditioning = self._encode(pictures, texts)
+        hashes = [image_hash(picture) for picture in pictures]
+        bank = self._fit(mean, std, conditioning, self._fit_config(fit), seed, progress, texts, hashes)
+        return [bank.lora(k) for k in range(len(images))]
 
     def _fit_config(self, fit: FitConfig | str) -> FitConfig:
         if isinstance(fit, FitConfig):
@@ -210,7 +226,7 @@ class Morpher:
             metadata |= {"prompt": prompt, "model": self.backbone.name, "image_hash": digest}
         return bank
 
-    def _working_size(self, size: Sequence[int] | None) -> tuple[int, int]:
+    def working_size(self, size: Sequence[int] | None = None) -> tuple[int, int]:
         """(width, height) in pixels that the model can work at; None takes its own."""
         factor, smallest = self.backbone.vae_factor, self.backbone.smallest_side
         try:

@@ -85,13 +85,17 @@ AttentionLambda = Annotated[
     _option("Method", "--attention-lambda", "0 to 1; more makes steadier frames.", "L", _SAMPLE.attention_lambda),
 ]
 AttentionMode = Annotated[
-    Literal["features", "kv"] | None,
-    _option("Method", "--attention-mode", "What of the two ends is mixed.", "features|kv", _SAMPLE.attention_mode),
+    Literal["features", "kv", "outer"] | None,
+    _option("Method", "--attention-mode", "What of the ends is mixed.", "features|kv|outer", _SAMPLE.attention_mode),
 ]
 NoAttention = Annotated[bool, _option("Method", "--no-attention", "Do not mix self-attention.")]
 NoAdain = Annotated[bool, _option("Method", "--no-adain", "Do not match the colours of the two ends.")]
 NoReschedule = Annotated[
     bool, _option("Method", "--no-reschedule", "Do not even out the speed: half the sampling time.")
+]
+Preview = Annotated[
+    bool,
+    _option("Method", "--preview", "A rough film soon: --no-lora --no-reschedule --attention-mode outer."),
 ]
 Guidance = Annotated[
     float | None,

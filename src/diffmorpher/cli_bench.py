@@ -1,0 +1,189 @@
+"""The command line of the evaluation: `diffmorpher bench` and `compare`."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from . import options as o
+from .checks import check_seed
+from .errors import ConfigError, DiffMorpherError
+from .progress import say
+
+if TYPE_CHECKING:
+    pass
+
+Data = Annotated[str, typer.Argument(metavar="DATA", help="'mini', a folder of pairs, or a .csv or .jsonl manifest.")]
+Methods = Annotated[
+    str, typer.Option("--methods", metavar="A,B", help="Names and presets: ablation, modes, lambda, all.")
+]
+OutDir = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the results; run again to go on.")]
+Pairs = Annotated[
+    int | None, typer.Option("--pairs", metavar="N", help="So many pairs only, of all categories in turn.")
+]
+Shard = Annotated[
+    str | None, typer.Option("--shard", metavar="I/N", help="Every n-th pair from the i-th, for batch systems.")
+]
+Jobs = Annotated[str, typer.Option("--jobs", metavar="J", help="Processes; auto: one for each GPU, on a CPU one.")]
+Ray = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="ADDRESS", help="Run the pairs on the Ray cluster there; 'local' starts one here."),
+]
+BenchFrames = Annotated[
+    int | None, typer.Option("--frames", metavar="N", help="Not the protocol's 17: for trying it out.")
+]
+ResultsA = Annotated[Path, typer.Argument(metavar="A", help="results.json, or its folder.")]
+ResultsB = Annotated[Path, typer.Argument(metavar="B", help="Another one of the same protocol.")]
+
+
+def bench(
+    data: Data,
+    methods: Methods,
+    out: OutDir,
+    pairs: Pairs = None,
+    shard: Shard = None,
+    jobs: Jobs = "auto",
+    ray: Ray = None,
+    model: o.Model = None,
+    device: o.Device = None,
+    frames: BenchFrames = None,
+    steps: o.Steps = None,
+    lora_steps: o.LoraSteps = None,
+    seed: o.Seed = None,
+    debug: o.Debug = False,
+) -> None:
+    """Run methods on a data set of pairs: figures, films, a report."""
+    from .cli import _begin
+
+    _begin(debug)
+    check_seed(seed)
+    if pairs is not None and pairs < 1:
+        raise ConfigError(f"--pairs is {pairs}, but must be a whole number of at least 1.")
+    from .config import FitConfig
+    from .evaluation.bench import Settings, choose_jobs, parse_shard, run_bench
+    from .evaluation.datasets import load_dataset
+    from .evaluation.methods import resolve_methods
+    from .evaluation.report import write_report
+    from .evaluation.results import collect
+
+    _check_extra()
+    part, parts = parse_shard(shard)
+    dataset = load_dataset(data)
+    names = tuple(resolve_methods(methods))
+    given = {"frames": frames, "steps": steps, "seed": seed, "model": model, "device": device}
+    fit = {} if lora_steps is None else {"fit": FitConfig(steps=lora_steps)}
+    settings = Settings(names, **{k: v for k, v in given.items() if v is not None}, **fit)  # type: ignore[arg-type]
+    chosen = dataset.take(pairs)
+    mine = chosen[part - 1 :: parts]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        _run(run_bench(mine, settings, out, choose_jobs(jobs, device), ray), len(mine) * len(names))
+    finally:
+        results = collect(dataset, chosen, settings, out, shlex.join(["diffmorpher", *sys.argv[1:]]))
+    report = write_report(results, out)
+    _print_table(results)
+    say(f"Wrote {report}, results.json and results.csv in {out}.")
+    failed = results["failed"]
+    for reason, count in Counter(f["error"] for f in failed).items():
+        say(f"{count} failed: {reason}")
+    if failed:
+        raise DiffMorpherError(
+            f"{len(failed)} of {len(chosen) * len(names)} results failed; run again to try them once more."
+        )
+
+
+def compare(a: ResultsA, b: ResultsB, as_json: o.Json = False, debug: o.Debug = False) -> None:
+    """Differences of two benchmark runs, pair by pair: B minus A, with 95 % intervals."""
+    from .cli import _begin
+
+    _begin(debug)
+    from .evaluation.report import COLUMNS
+    from .evaluation.results import compare as differences
+    from .evaluation.results import read_results
+
+    found = differences(read_results(a), read_results(b))
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("B minus A")
+    for figure, (heading, _) in COLUMNS.items():
+        if figure != "unet_rows":
+            table.add_column(heading, justify="right")
+    for method, rows in found.items():
+        pairs = int(next(iter(rows.values()))[3])
+        cells = []
+        for figure, (mean, low, high, _) in rows.items():
+            scale = 1e4 if figure == "pdv" else 1
+            sure = "" if low <= 0 <= high else " *"
+            cells.append(f"{mean * scale:+.4f} ({low * scale:+.4f} … {high * scale:+.4f}){sure}")
+        table.add_row(f"{method}, {pairs} pairs", *cells)
+    Console().print(table)
+    say("* the interval does not hold 0.")
+
+
+def _check_extra() -> None:
+    """Say what is missing before the work, not after it."""
+    from importlib.util import find_spec
+
+    missing = [name for name in ("matplotlib", "filelock", "platformdirs") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the benchmark needs {' and '.join(missing)}: pip install 'diffmorpher[bench]'.")
+
+
+def _run(steps: Any, total: int) -> None:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from .progress import console
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task("starting", total=total)
+        for pair, method in steps:
+            bars.update(task, advance=1, description=f"{pair} {method}"[:44].ljust(44))
+
+
+def _print_table(results: dict[str, Any]) -> None:
+    from .evaluation.report import COLUMNS, best_methods
+    from .evaluation.results import ALL
+
+    rows = results["table"].get(ALL, {})
+    if not rows:
+        return
+    table = Table(box=box.SIMPLE_HEAD, title=f"{results['dataset']['name']}, {len(results['dataset']['pairs'])} pairs")
+    table.add_column("method")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    table.add_column("Fréchet, LPIPS features", justify="right")
+    best = {figure: best_methods(rows, figure) for figure in COLUMNS}
+    for method, values in rows.items():
+        cells = []
+        for figure, (_, form) in COLUMNS.items():
+            text = form.format(values[figure][0] * (1e4 if figure == "pdv" else 1))
+            cells.append(f"[bold]{text}[/bold]" if method in best[figure] else text)
+        value = results["frechet"].get(method)
+        table.add_row(method, *cells, "" if value is None else f"{value:.3f}")
+    Console().print(table)
+    say(f"Distance: {results['protocol']['distance']}.")

@@ -1,0 +1,154 @@
+"""A benchmark's results put together: results.json for programs, results.csv for tables, and the figures of both."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..errors import DataError
+from ..files import replacing
+from .bench import Settings, finished, read_result
+from .datasets import Dataset, Pair
+from .metrics import FIGURES, frechet_of_films
+from .statistics import bootstrap, paired_difference
+
+ALL = "all"
+
+
+def collect(dataset: Dataset, pairs: Sequence[Pair], settings: Settings, out: Path, command: str) -> dict[str, Any]:
+    """Everything that is in `out` for these pairs and settings, as results.json holds it; written there, with results.csv.
+
+    Results that are missing, of other settings or failed are counted and listed, and are in no mean.
+    """
+    wanted = [(pair, method) for pair in pairs for method in settings.methods]
+    done = [read_result(out, *at) for at in wanted if finished(out, *at, settings)]
+    results = [result for result in done if result]
+    there = {(result["pair"], result["method"]) for result in results}
+    failed = [
+        {"pair": pair.name, "method": method, "error": result["error"]}
+        for pair, method in wanted
+        if (result := read_result(out, pair, method)) and result["status"] == "failed"
+    ]
+    missing = [[pair.name, method] for pair, method in wanted if (pair.name, method) not in there]
+    everything = {
+        "dataset": {
+            "name": dataset.name,
+            "pairs": {pair.name: pair.key for pair in pairs},
+            "of": len(dataset.pairs),
+            "has_prompts": dataset.has_prompts,
+        },
+        "methods": list(settings.methods),
+        "protocol": settings.protocol,
+        "is_protocol": settings.is_protocol,
+        "model": settings.model,
+        "command": command,
+        "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": machine(),
+        "versions": {
+            name: version(name) for name in ("diffmorpher", "torch", "diffusers", "transformers", "stlpips-pytorch")
+        },
+        "figures": {name: text for name, (text, _) in FIGURES.items()},
+        "table": table(results, settings.methods),
+        "frechet": frechet(results, settings.methods, out),
+        "missing": missing,
+        "failed": failed,
+        "results": results,
+    }
+    with replacing(out / "results.json") as part:
+        part.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
+    _write_csv(results, out / "results.csv")
+    return everything
+
+
+def table(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """{category, "all" last: {method: {figure: [mean, low, high]}}}; "unet_rows" and "seconds" are figures here too."""
+    categories = [*dict.fromkeys(result["category"] for result in results), ALL]
+    made: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for category in categories:
+        made[category] = {}
+        for method in methods:
+            rows = [r for r in results if r["method"] == method and category in (ALL, r["category"])]
+            if rows:
+                figures = {name: list(bootstrap([row["figures"][name] for row in rows])) for name in FIGURES}
+                figures["unet_rows"] = list(bootstrap([row["unet_rows"] for row in rows]))
+                made[category][method] = figures
+    return made if len(categories) != 2 else {ALL: made[ALL]}
+
+
+def frechet(results: Sequence[dict[str, Any]], methods: Sequence[str], out: Path) -> dict[str, float]:
+    """The Frechet distance of each method over the whole set, on the perceptual network's features (not FID)."""
+    distances = {}
+    for method in methods:
+        inputs: dict[str, torch.Tensor] = {}
+        films = []
+        for row in (row for row in results if row["method"] == method):
+            features = load_file(out / row["pair"] / method / "features.safetensors")
+            films.append(features["frames"])
+            inputs |= {f"{row['pair']}/{i}": feature for i, feature in enumerate(features["inputs"])}
+        if len(films) > 1:
+            distances[method] = frechet_of_films(torch.stack(list(inputs.values())), films)
+    return distances
+
+
+def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, list[float]]]:
+    """{method: {figure: [mean of b - a, low, high, pairs]}} over the pairs that both runs have, pair by pair.
+
+    Raises `DataError` when the runs differ in protocol, or share no pair and method.
+    """
+    if a["protocol"] != b["protocol"]:
+        unlike = [name for name in a["protocol"] if a["protocol"][name] != b["protocol"].get(name)]
+        raise DataError(f"the two runs differ in {', '.join(unlike)}: only runs of one protocol can be compared.")
+    keys = [
+        {(r["pair"], run["dataset"]["pairs"][r["pair"]], r["method"]): r["figures"] for r in run["results"]}
+        for run in (a, b)
+    ]
+    shared = [key for key in keys[0] if key in keys[1]]
+    if not shared:
+        raise DataError("the two runs have no pair and method in common.")
+    differences: dict[str, dict[str, list[float]]] = {}
+    for method in dict.fromkeys(key[2] for key in shared):
+        here = [key for key in shared if key[2] == method]
+        differences[method] = {
+            figure: [
+                *paired_difference([keys[0][key][figure] for key in here], [keys[1][key][figure] for key in here]),
+                len(here),
+            ]
+            for figure in FIGURES
+        }
+    return differences
+
+
+def read_results(file: Path) -> dict[str, Any]:
+    """A results.json, or the folder that holds it. Raises `DataError`."""
+    path = file / "results.json" if file.is_dir() else file
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        loaded["results"], loaded["protocol"], loaded["dataset"]["pairs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{str(path)!r} is no results.json of 'diffmorpher bench': give one, or its folder.") from error
+    return loaded
+
+
+def machine() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"system": f"{platform.system()} {platform.machine()}", "cores": os.cpu_count(), "gpus": gpus}
+
+
+def _write_csv(results: Sequence[dict[str, Any]], file: Path) -> None:
+    columns = [*FIGURES, "end_distance_0", "end_distance_1", "end_psnr_0", "end_psnr_1"]
+    with replacing(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
+        rows = csv.writer(opened, lineterminator="\n")
+        rows.writerow(["pair", "category", "method", *columns, "unet_rows", "seconds_prepare", "seconds_frames"])
+        for r in results:
+            numbers = [*(r["figures"][column] for column in columns), r["unet_rows"], *r["seconds"].values()]
+            rows.writerow([r["pair"], r["category"], r["method"], *numbers])

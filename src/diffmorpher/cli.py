@@ -1,4 +1,4 @@
-"""The command line: `diffmorpher demo`, `morph`, `fit`, `info` and `web`; `bench` and `compare` are in cli_bench.py.
+"""The command line: `diffmorpher demo`, `morph`, `fit`, `info` and `web`; `bench`, `compare` and `study` are in cli_bench.py.
 
 Nothing is decided here: an option that was not typed is not passed on, so the library's default holds. What needs no
 model is checked before anything slow is imported or loaded.
@@ -264,6 +264,7 @@ def web(
 
 app.command()(cli_bench.bench)
 app.command()(cli_bench.compare)
+app.command()(cli_bench.study)
 
 
 # ---- steps of a command

@@ -1,4 +1,4 @@
-"""The command line of the evaluation: `diffmorpher bench` and `compare`."""
+"""The command line of the evaluation: `diffmorpher bench`, `compare` and `study`."""
 
 from __future__ import annotations
 
@@ -40,6 +40,12 @@ Ray = Annotated[
 ]
 BenchFrames = Annotated[
     int | None, typer.Option("--frames", metavar="N", help="Not the protocol's 17: for trying it out.")
+]
+Run = Annotated[Path | None, typer.Argument(metavar="DIR", help="The folder that 'bench' wrote.")]
+Two = Annotated[str, typer.Option("--methods", metavar="A,B", help="The two methods to compare.")]
+StudyOut = Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")]
+Tally = Annotated[
+    list[Path] | None, typer.Option("--tally", metavar="FILE", help="Count saved votes: repeat it for each.")
 ]
 ResultsA = Annotated[Path, typer.Argument(metavar="A", help="results.json, or its folder.")]
 ResultsB = Annotated[Path, typer.Argument(metavar="B", help="Another one of the same protocol.")]
@@ -131,6 +137,47 @@ def compare(a: ResultsA, b: ResultsB, as_json: o.Json = False, debug: o.Debug = 
     say("* the interval does not hold 0.")
 
 
+def study(
+    run: Run = None,
+    methods: Two = "diffmorpher,ddim",
+    out: StudyOut = Path("study.html"),
+    tally: Tally = None,
+    seed: o.Seed = None,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Which film is better? A page for a blind vote between two methods, and the count of its votes."""
+    from .cli import _begin
+
+    _begin(debug)
+    check_seed(seed)
+    if (run is None) == (not tally):
+        raise ConfigError("give the folder of a benchmark to make a study, or --tally with files of votes.")
+    from .evaluation.study import tally as count
+    from .evaluation.study import write_study
+
+    if run is not None:
+        names = [name.strip() for name in methods.split(",")]
+        if len(names) != 2:
+            raise ConfigError(f"--methods is {methods!r}, but a study compares two: give A,B.")
+        say(
+            f"Wrote {write_study(run, (names[0], names[1]), out, seed or 0)}: open it in a browser, or send it to others."
+        )
+        return
+    found = count(tally or [])
+    if as_json:
+        typer.echo(json.dumps(found))
+    for name, votes in found.items():
+        first, second = name.split(" against ")
+        counts = f"{votes[first]} for {first}, {votes[second]} for {second}, {votes['equal']} saw no difference"
+        share = (
+            ""
+            if votes["share"] is None
+            else f"; {first}: {votes['share']:.0%} ({votes['low']:.0%} to {votes['high']:.0%})"
+        )
+        say(f"{name}: {counts}{share}")
+
+
 def _check_extra() -> None:
     """Say what is missing before the work, not after it."""
     from importlib.util import find_spec
@@ -166,24 +213,25 @@ def _run(steps: Any, total: int) -> None:
 
 
 def _print_table(results: dict[str, Any]) -> None:
+    """The table over all pairs, narrow enough for 80 columns; the report has the rest."""
     from .evaluation.report import COLUMNS, best_methods
     from .evaluation.results import ALL
 
     rows = results["table"].get(ALL, {})
     if not rows:
         return
+    headings = {"ppl": "PPL", "pdv": "PDV e-4", "end_distance": "ends", "end_psnr": "dB", "unet_rows": "rows"}
     table = Table(box=box.SIMPLE_HEAD, title=f"{results['dataset']['name']}, {len(results['dataset']['pairs'])} pairs")
-    table.add_column("method")
-    for heading, _ in COLUMNS.values():
-        table.add_column(heading, justify="right")
-    table.add_column("Fréchet, LPIPS features", justify="right")
-    best = {figure: best_methods(rows, figure) for figure in COLUMNS}
+    table.add_column("method", no_wrap=True)
+    for heading in (*headings.values(), "Fréchet"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = {figure: best_methods(rows, figure) for figure in headings}
     for method, values in rows.items():
         cells = []
-        for figure, (_, form) in COLUMNS.items():
-            text = form.format(values[figure][0] * (1e4 if figure == "pdv" else 1))
+        for figure in headings:
+            text = COLUMNS[figure][1].format(values[figure][0] * (1e4 if figure == "pdv" else 1))
             cells.append(f"[bold]{text}[/bold]" if method in best[figure] else text)
         value = results["frechet"].get(method)
         table.add_row(method, *cells, "" if value is None else f"{value:.3f}")
     Console().print(table)
-    say(f"Distance: {results['protocol']['distance']}.")
+    say(f"Distance, also of Fréchet's features: {results['protocol']['distance']}.")

@@ -143,6 +143,7 @@ def _table(results: dict[str, Any], category: str) -> str:
 def _gap_curves(results: dict[str, Any]) -> str:
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ConfigError("the report needs matplotlib: pip install 'diffmorpher[bench]'.") from error
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -150,8 +151,10 @@ def _gap_curves(results: dict[str, Any]) -> str:
     for method in results["methods"]:
         curves = [r["figures"]["distances"] for r in results["results"] if r["method"] == method]
         if curves:
-            ax.plot([sum(gap) / len(gap) for gap in zip(*curves, strict=True)], label=method)
+            means = [sum(gap) / len(gap) for gap in zip(*curves, strict=True)]
+            ax.plot(range(1, len(means) + 1), means, label=method)
     ax.set(xlabel="gap", ylabel="perceptual distance", ylim=(0, None))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8, ncols=2)
     buffer = io.BytesIO()

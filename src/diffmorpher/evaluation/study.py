@@ -1,0 +1,100 @@
+"""A study by eye: a page that shows two methods' films of a pair side by side, blind, and the tally of its votes."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..catalog import ASSETS
+from ..errors import DataError
+from ..files import replacing
+from .results import read_results
+from .statistics import binomial_interval
+
+
+def write_study(run: Path, methods: tuple[str, str], out: Path, seed: int = 0) -> Path:
+    """Write a page, films inside, that asks which of two methods is better for each pair that both have.
+
+    run: the folder of `diffmorpher bench`. The order of the pairs, and which film stands on the left, are drawn with
+    `seed`; the page shows no name. Raises `DataError`.
+    """
+    results = read_results(run)
+    have = {(r["pair"], r["method"]) for r in results["results"]}
+    for method in methods:
+        if method not in {name for _, name in have}:
+            there = ", ".join(dict.fromkeys(name for _, name in have))
+            raise DataError(f"{str(run)!r} has no films of the method {method!r}; it has {there}.")
+    if methods[0] == methods[1]:
+        raise DataError(f"the two methods of a study are both {methods[0]!r}: give two that differ.")
+    pairs = [
+        pair for pair in dict.fromkeys(r["pair"] for r in results["results"]) if {(pair, m) for m in methods} <= have
+    ]
+    if not pairs:
+        raise DataError(f"no pair in {str(run)!r} has films of both methods.")
+
+    draw = random.Random(seed)
+    draw.shuffle(pairs)
+    films: list[str] = []
+    trials, key = [], []
+    for pair in pairs:
+        sides = list(methods)
+        draw.shuffle(sides)
+        trials.append({"left": len(films), "right": len(films) + 1})
+        key.append({"pair": pair, "left": sides[0], "right": sides[1]})
+        films += [base64.b64encode((run / pair / side / "film.mp4").read_bytes()).decode() for side in sides]
+    identity = hashlib.sha256(json.dumps([key, films]).encode()).hexdigest()[:12]
+    # Which film is whose is in the page, for the tally, but not in words that a voter reads by accident.
+    hidden = base64.b64encode(json.dumps(key).encode()).decode()
+    study = {"id": identity, "trials": trials, "key": hidden, "films": films}
+    page = (ASSETS / "study.html").read_text("utf-8").replace("__STUDY__", json.dumps(study))
+    with replacing(out) as part:
+        part.write_text(page, "utf-8")
+    return out
+
+
+def tally(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """{"a against b": {"votes", "a", "b", "equal", "share", "low", "high"}} of saved votes, over all files together.
+
+    share: how many of the votes that saw a difference preferred a, with Wilson's 95 % interval; None where there are
+    none. Raises `DataError` for what is no file of votes, and for one that is given twice.
+    """
+    counts: dict[str, dict[str, int]] = {}
+    seen: dict[str, Path] = {}
+    for file in files:
+        record, key = _read_votes(file)
+        digest = json.dumps(record, sort_keys=True)
+        if digest in seen:
+            raise DataError(f"{str(file)!r} has the same votes as {str(seen[digest])!r}: count each once.")
+        seen[digest] = file
+        for vote in record["votes"]:
+            sides = key[vote["trial"]]
+            first, second = sorted((sides["left"], sides["right"]))
+            count = counts.setdefault(f"{first} against {second}", {first: 0, second: 0, "equal": 0})
+            count[sides.get(vote["choice"], "equal")] += 1
+    return {name: _summary(count) for name, count in sorted(counts.items())}
+
+
+def _summary(count: dict[str, int]) -> dict[str, Any]:
+    first, second = (name for name in count if name != "equal")
+    decided = count[first] + count[second]
+    low, high = binomial_interval(count[first], decided) if decided else (None, None)
+    share = count[first] / decided if decided else None
+    return {"votes": sum(count.values()), **count, "share": share, "low": low, "high": high}
+
+
+def _read_votes(file: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    try:
+        record = json.loads(file.read_text("utf-8"))
+        key = json.loads(base64.b64decode(record["key"]))
+        for vote in record["votes"]:
+            key[vote["trial"]]["left"], key[vote["trial"]]["right"]
+            if vote["choice"] not in ("left", "right", "equal"):
+                raise ValueError(vote["choice"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise DataError(f"{str(file)!r} is no file of votes that a study's page saved.") from error
+    return record, key

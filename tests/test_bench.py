@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from conftest import tiny_pipeline
+from diffmorpher.cli_bench import complete
 from diffmorpher.errors import ConfigError, DataError
 from diffmorpher.evaluation.bench import Settings, choose_jobs, parse_shard, result_key
 from diffmorpher.evaluation.datasets import load_dataset
+from diffmorpher.evaluation.inception import Inception
 from diffmorpher.evaluation.report import best_methods
 from diffmorpher.evaluation.results import compare, read_results, table
 
@@ -171,6 +174,23 @@ def test_compare(pairs: Path, model: Path, environment: dict[str, str], tmp_path
     assert done.returncode == 2 and "is no results.json" in done.stderr
 
 
+def test_fid_when_weights_are_given(pairs: Path, model: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(Inception().state_dict(), tmp_path / "inception.pth")
+    common = ("bench", pairs, "--methods", "dissolve,warp", "--model", model, "--out", tmp_path / "out", *SMALL)
+    done = run(environment, *common)
+    assert done.returncode == 0, done.stderr
+    assert read_results(tmp_path / "out")["fid"] is None
+    assert "FID is left out" in (tmp_path / "out" / "report.html").read_text()
+    done = run(environment, *common, "--inception", tmp_path / "inception.pth")  # of frames that are there already
+    assert done.returncode == 0, done.stderr
+    results = read_results(tmp_path / "out")
+    assert set(results["fid"]["values"]) == {"dissolve", "warp"} and min(results["fid"]["values"].values()) > 0
+    assert "FID is left out" not in (tmp_path / "out" / "report.html").read_text()
+    done = run(environment, *common, "--inception", tmp_path / "none.pth")
+    assert done.returncode == 2 and "cannot be read" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -190,6 +210,12 @@ def test_mistakes_are_one_sentence(
 
 
 # ---- parts
+
+
+def test_rays_address_may_be_left_out() -> None:
+    assert complete(["bench", "mini", "--ray", "--pairs", "2"]) == ["bench", "mini", "--ray", "local", "--pairs", "2"]
+    assert complete(["bench", "mini", "--ray"])[-1] == "local"
+    assert complete(["bench", "--ray", "10.0.0.1:6379"])[-1] == "10.0.0.1:6379" and complete(["info"]) == ["info"]
 
 
 def test_a_key_changes_with_everything_that_matters(pairs: Path, model: Path) -> None:

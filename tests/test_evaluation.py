@@ -20,6 +20,7 @@ from diffmorpher import FitConfig, Morpher
 from diffmorpher.errors import ConfigError, DataError
 from diffmorpher.evaluation import methods
 from diffmorpher.evaluation.datasets import load_dataset
+from diffmorpher.evaluation.inception import Inception, load_inception
 from diffmorpher.evaluation.methods import METHODS, Effort, resolve_methods, run_method
 from diffmorpher.evaluation.metrics import (
     figures,
@@ -339,3 +340,44 @@ def test_names_and_presets() -> None:
         resolve_methods("disolve")
     with pytest.raises(ConfigError, match="there are dissolve, warp"):
         resolve_methods("zzz")
+
+
+# ---- FID's network
+
+
+def test_inception_has_the_published_sizes(tmp_path: Path) -> None:
+    """By the published network: 21.8 million weights before the classifier, 299 x 299 to 2,048 channels of 8 x 8."""
+    torch.manual_seed(0)
+    network = Inception()
+    assert sum(p.numel() for p in network.parameters()) == 21_785_568
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in ("Conv2d_4a_3x3", "Mixed_5b", "Mixed_5d", "Mixed_6a", "Mixed_6e", "Mixed_7a", "Mixed_7c"):
+        network.get_submodule(name).register_forward_hook(
+            lambda m, i, o, name=name: shapes.update({name: tuple(o.shape[1:])})
+        )
+    features = network(torch.rand(2, 3, 64, 48) * 2 - 1)
+    assert features.shape == (2, 2048)
+    assert shapes == {
+        "Conv2d_4a_3x3": (192, 71, 71),
+        "Mixed_5b": (256, 35, 35),
+        "Mixed_5d": (288, 35, 35),
+        "Mixed_6a": (768, 17, 17),
+        "Mixed_6e": (768, 17, 17),
+        "Mixed_7a": (1280, 8, 8),
+        "Mixed_7c": (2048, 8, 8),
+    }
+    # A file in the published layout, the classifier and the counters of batches with it.
+    states = network.state_dict() | {"fc.weight": torch.zeros(1008, 2048), "fc.bias": torch.zeros(1008)}
+    torch.save(states, tmp_path / "inception.pth")
+    loaded, digest = load_inception(tmp_path / "inception.pth")
+    images = torch.rand(1, 3, 32, 32) * 2 - 1
+    assert_close(loaded(images), network(images))
+    assert len(digest) == 16
+
+
+def test_files_that_hold_no_inception_are_said(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("nothing")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    for name, message in (("text.pth", "cannot be read"), ("other.pth", "does not hold"), ("no.pth", "cannot be read")):
+        with pytest.raises(DataError, match=message):
+            load_inception(tmp_path / name)

@@ -339,7 +339,7 @@ def _print_json(result: MorphResult, output: Path, seconds: dict[str, float]) ->
 
 def main() -> None:
     """The console script. Exit status 0; 2 for a mistake of the user's; 1 for a failure at work; 130 when stopped."""
-    arguments = sys.argv[1:]
+    arguments = cli_bench.complete(sys.argv[1:])
     try:
         status = typer.main.get_command(app).main(arguments, prog_name="diffmorpher", standalone_mode=False) or 0
         sys.stdout.flush()

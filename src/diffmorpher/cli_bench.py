@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -17,10 +17,7 @@ from rich.table import Table
 from . import options as o
 from .checks import check_seed
 from .errors import ConfigError, DiffMorpherError
-from .progress import say
-
-if TYPE_CHECKING:
-    pass
+from .progress import quiet_bars, say
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="'mini', a folder of pairs, or a .csv or .jsonl manifest.")]
 Methods = Annotated[
@@ -36,7 +33,12 @@ Shard = Annotated[
 Jobs = Annotated[str, typer.Option("--jobs", metavar="J", help="Processes; auto: one for each GPU, on a CPU one.")]
 Ray = Annotated[
     str | None,
-    typer.Option("--ray", metavar="ADDRESS", help="Run the pairs on the Ray cluster there; 'local' starts one here."),
+    typer.Option(
+        "--ray", metavar="[ADDRESS]", help="Run the pairs on the Ray cluster there; without an address, start one."
+    ),
+]
+InceptionFile = Annotated[
+    Path | None, typer.Option("--inception", metavar="FILE", help="pytorch-fid's weights, for FID as published.")
 ]
 BenchFrames = Annotated[
     int | None, typer.Option("--frames", metavar="N", help="Not the protocol's 17: for trying it out.")
@@ -51,6 +53,16 @@ ResultsA = Annotated[Path, typer.Argument(metavar="A", help="results.json, or it
 ResultsB = Annotated[Path, typer.Argument(metavar="B", help="Another one of the same protocol.")]
 
 
+def complete(arguments: list[str]) -> list[str]:
+    """The arguments with --ray's address filled in where it was left out, which typer cannot do."""
+    filled = list(arguments)
+    if "--ray" in filled:
+        after = filled.index("--ray") + 1
+        if after == len(filled) or filled[after].startswith("-"):
+            filled.insert(after, "local")
+    return filled
+
+
 def bench(
     data: Data,
     methods: Methods,
@@ -59,6 +71,7 @@ def bench(
     shard: Shard = None,
     jobs: Jobs = "auto",
     ray: Ray = None,
+    inception: InceptionFile = None,
     model: o.Model = None,
     device: o.Device = None,
     frames: BenchFrames = None,
@@ -77,11 +90,14 @@ def bench(
     from .config import FitConfig
     from .evaluation.bench import Settings, choose_jobs, parse_shard, run_bench
     from .evaluation.datasets import load_dataset
+    from .evaluation.inception import load_inception
     from .evaluation.methods import resolve_methods
     from .evaluation.report import write_report
     from .evaluation.results import collect
 
     _check_extra()
+    if inception is not None:
+        load_inception(inception)  # what is wrong with it is said before the work
     part, parts = parse_shard(shard)
     dataset = load_dataset(data)
     names = tuple(resolve_methods(methods))
@@ -91,10 +107,11 @@ def bench(
     chosen = dataset.take(pairs)
     mine = chosen[part - 1 :: parts]
     out.mkdir(parents=True, exist_ok=True)
+    quiet_bars()
     try:
         _run(run_bench(mine, settings, out, choose_jobs(jobs, device), ray), len(mine) * len(names))
     finally:
-        results = collect(dataset, chosen, settings, out, shlex.join(["diffmorpher", *sys.argv[1:]]))
+        results = collect(dataset, chosen, settings, out, shlex.join(["diffmorpher", *sys.argv[1:]]), inception)
     report = write_report(results, out)
     _print_table(results)
     say(f"Wrote {report}, results.json and results.csv in {out}.")

@@ -97,6 +97,8 @@ def _notes(results: dict[str, Any]) -> str:
     if results["missing"]:
         missing, failed = len(results["missing"]), len(results["failed"])
         notes.append(f"{missing} results are missing, {failed} of them failed; they are in no mean.")
+    if not results.get("fid"):
+        notes.append("FID is left out: no Inception weights were given (--inception FILE).")
     protocol = results["protocol"]
     pairs, of = len(results["dataset"]["pairs"]), results["dataset"]["of"]
     text = (
@@ -112,17 +114,14 @@ def _table(results: dict[str, Any], category: str) -> str:
     if not rows:
         return ""
     best = {figure: best_methods(rows, figure) for figure in COLUMNS}
-    frechet = results["frechet"] if category == ALL else {}
+    sets = {"Fréchet (LPIPS features)": results["frechet"], "FID": (results.get("fid") or {}).get("values")}
+    sets = {heading: values for heading, values in sets.items() if values and category == ALL}
     arrows = {figure: "" if figure not in FIGURES else " ↓" if FIGURES[figure][1] else " ↑" for figure in COLUMNS}
     heads = "".join(
         f"<th title='{_text(FIGURES.get(figure, ('rows of all U-Net batches',))[0])}'>{_text(heading)}{arrows[figure]}</th>"
         for figure, (heading, _) in COLUMNS.items()
     )
-    heads += (
-        "<th title='on the features of the perceptual network; not FID'>Fréchet (LPIPS features) ↓</th>"
-        if frechet
-        else ""
-    )
+    heads += "".join(f"<th>{heading} ↓</th>" for heading in sets)
     lines = []
     for method, values in rows.items():
         cells = []
@@ -130,9 +129,9 @@ def _table(results: dict[str, Any], category: str) -> str:
             mean, low, high = (_number(figure, value) for value in values[figure])
             interval = f" <small>{low} … {high}</small>" if low != high else ""
             cells.append(f"<td class='{'best' if method in best[figure] else ''}'>{mean}{interval}</td>")
-        if frechet:
-            value = frechet.get(method)
-            least = value is not None and value == min(frechet.values())
+        for distances in sets.values():
+            value = distances.get(method)
+            least = value is not None and value == min(distances.values())
             cells.append(f"<td class='{'best' if least else ''}'>{'' if value is None else f'{value:.3f}'}</td>")
         lines.append(f"<tr><td>{_text(method)}</td>{''.join(cells)}</tr>")
     title = "All pairs" if category == ALL else category

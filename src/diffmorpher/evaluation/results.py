@@ -13,21 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ..errors import DataError
 from ..files import replacing
+from ..media import fit_image, load_image
+from ..path import to_pixels
 from .bench import Settings, finished, read_result
 from .datasets import Dataset, Pair
+from .inception import load_inception
 from .metrics import FIGURES, frechet_of_films
 from .statistics import bootstrap, paired_difference
 
 ALL = "all"
 
 
-def collect(dataset: Dataset, pairs: Sequence[Pair], settings: Settings, out: Path, command: str) -> dict[str, Any]:
+def collect(
+    dataset: Dataset, pairs: Sequence[Pair], settings: Settings, out: Path, command: str, inception: Path | None = None
+) -> dict[str, Any]:
     """Everything that is in `out` for these pairs and settings, as results.json holds it; written there, with results.csv.
 
+    inception: weights for FID, which is left out without them.
     Results that are missing, of other settings or failed are counted and listed, and are in no mean.
     """
     wanted = [(pair, method) for pair in pairs for method in settings.methods]
@@ -60,6 +66,7 @@ def collect(dataset: Dataset, pairs: Sequence[Pair], settings: Settings, out: Pa
         "figures": {name: text for name, (text, _) in FIGURES.items()},
         "table": table(results, settings.methods),
         "frechet": frechet(results, settings.methods, out),
+        "fid": fid(results, settings.methods, pairs, out, inception) if inception else None,
         "missing": missing,
         "failed": failed,
         "results": results,
@@ -98,6 +105,39 @@ def frechet(results: Sequence[dict[str, Any]], methods: Sequence[str], out: Path
         if len(films) > 1:
             distances[method] = frechet_of_films(torch.stack(list(inputs.values())), films)
     return distances
+
+
+def fid(
+    results: Sequence[dict[str, Any]], methods: Sequence[str], pairs: Sequence[Pair], out: Path, inception: Path
+) -> dict[str, Any]:
+    """{"weights": digest, "values": {method: FID}} over the whole set, by the paper's protocol (`frechet_of_films`).
+
+    The inputs are taken at the size of the frames. A film's features are kept beside it.
+    """
+    network, digest = load_inception(inception)
+
+    def features(files: Sequence[Path], size: tuple[int, int] | None) -> torch.Tensor:
+        pictures = [load_image(file) for file in files]
+        return torch.cat([network(to_pixels([fit_image(p, size) if size else p])) for p in pictures])
+
+    def of_film(folder: Path) -> torch.Tensor:
+        kept = folder / f"inception-{digest}.safetensors"
+        if not kept.exists():
+            with replacing(kept) as part:
+                save_file({"frames": features(sorted(folder.glob("[0-9]*.png")), None)}, part)
+        return load_file(kept)["frames"]
+
+    values = {}
+    inputs: dict[str, torch.Tensor] = {}
+    by_name = {pair.name: pair for pair in pairs}
+    for method in methods:
+        films = {row["pair"]: of_film(out / row["pair"] / method) for row in results if row["method"] == method}
+        for name in films.keys() - inputs.keys():
+            size = load_image(out / name / method / "000.png").size
+            inputs[name] = features(by_name[name].images, size)
+        if len(films) > 1:
+            values[method] = frechet_of_films(torch.cat([inputs[name] for name in films]), list(films.values()))
+    return {"weights": digest, "values": values}
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, list[float]]]:

@@ -46,6 +46,8 @@ def install(folder: Path) -> None:
         shutil.rmtree(INSTALLED / part, ignore_errors=True)
         shutil.copytree(folder / part, INSTALLED / part)
     shutil.copy(folder / "model_index.json", INSTALLED)
+    for file in INSTALLED.rglob("*.safetensors"):
+        file.chmod(0o644)  # safetensors writes for the owner alone
 
 
 def main() -> None:

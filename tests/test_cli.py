@@ -132,6 +132,16 @@ def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
         assert (film.n_frames, film.info["duration"]) == (3, 250)
 
 
+def test_preview(tmp_path: Path) -> None:
+    done = run("morph", PEAR, ROSE, "-o", "a.gif", *SMALL, "--preview", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["unet_rows"] == 2 * 2 + 3 * 2  # nothing fitted, one pass
+    assert "fit" not in figures["settings"] and figures["settings"]["schedule"] == {"enabled": False}
+    assert figures["settings"]["sample"] == asdict(SampleConfig(steps=2, attention_mode="outer"))
+    assert stage_lines(done.stderr) == ["invert", "sample"]
+
+
 def run_in_terminal(*arguments: str, cwd: Path, interrupt_at: str | None = None) -> tuple[int, str]:
     """Exit status, and what standard error showed on a terminal; Ctrl-C is pressed once it shows `interrupt_at`."""
     pty = pytest.importorskip("pty")
@@ -291,6 +301,7 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     # counts and contradictions
     "prompts": ("morph {pear} {rose} -p 1 -p 2 -p 3", "3 prompts were given for 2 images"),
     "LoRAs": ("morph {pear} {rose} --lora {bad}/damaged.safetensors", "1 LoRA files were given for 2 images"),
+    "LoRA and preview": ("morph {pear} {rose} --preview --lora a --lora b", "--lora and --preview contradict"),
     "LoRA and none": ("morph {pear} {rose} --no-lora --lora a --lora b", "--lora and --no-lora contradict"),
     "resize": ("morph {pear} {rose} --resize stretch", "'stretch'"),
     "unknown option": ("morph {pear} {rose} --colour red", "--colour"),

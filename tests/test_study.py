@@ -90,6 +90,16 @@ def test_what_cannot_be_studied_is_said(bench: Path, tmp_path: Path) -> None:
     broken = votes(bench, 1, ["sideways"], "broken.json")
     with pytest.raises(DataError, match="no file of votes"):
         tally([broken])
+    twice = votes(bench, 1, ["left"], "twice.json")
+    record = json.loads(twice.read_text())
+    for trials in ((0, 0), (-1,), (8,)):
+        record["votes"] = [{"trial": trial, "choice": "left"} for trial in trials]
+        twice.write_text(json.dumps(record))
+        with pytest.raises(DataError, match="no file of votes"):
+            tally([twice])
+    (bench / "pair3" / "good" / "film.mp4").unlink()
+    with pytest.raises(DataError, match="film.mp4.* cannot be read: remove its folder"):
+        write_study(bench, ("good", "bad"), bench / "x.html")
 
 
 @pytest.mark.browser
@@ -105,6 +115,8 @@ def test_voting_in_a_browser(bench: Path) -> None:
         page = browser.new_page()
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url.split(":")[0]))
         page.goto(page_file.as_uri())
 
         def greener() -> str:
@@ -126,6 +138,12 @@ def test_voting_in_a_browser(bench: Path) -> None:
         page.click("#choose-equal")
         assert page.inner_text("#count") == "2 of 8"
         page.click("#back")
+        page.keyboard.down("ArrowLeft")
+        page.keyboard.down("ArrowLeft")  # held down: it repeats, and is one vote all the same
+        page.keyboard.up("ArrowLeft")
+        page.keyboard.press("Alt+ArrowUp")
+        assert page.inner_text("#count") == "2 of 8"
+        page.click("#back")
         for i in range(8):
             assert page.inner_text("#count") == f"{i + 1} of 8"
             side = greener()
@@ -139,6 +157,6 @@ def test_voting_in_a_browser(bench: Path) -> None:
             page.click("#save")
         waiting.value.save_as(bench / "votes.json")
         browser.close()
-    assert not problems
+    assert not problems and set(asked) <= {"file", "data", "blob"}
     (found,) = tally([bench / "votes.json"]).values()
     assert (found["good"], found["bad"], found["equal"]) == (8, 0, 0)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from ..config import FitConfig, SampleConfig
-from ..errors import Cancelled, ConfigError
+from ..errors import Cancelled, ConfigError, DiffMorpherError
 from ..files import temporary
 from ..film import save_film
 from ..media import fit_image, load_image
@@ -96,13 +96,21 @@ class Worker:
         finally:
             clear_paths()
 
-    def _run(self, pair: Pair, method: str) -> None:
+    def give_up(self, pair: Pair, reason: str) -> None:
+        """Record what the pair lacks as failed."""
+        for method in self.settings.methods:
+            if not finished(self.out, pair, method, self.settings):
+                self._run(pair, method, reason)
+
+    def _run(self, pair: Pair, method: str, given_up: str | None = None) -> None:
         folder = self.out / pair.name / method
         folder.parent.mkdir(parents=True, exist_ok=True)
         with temporary(folder.parent) as part:
             part.mkdir()
             result = self._describe(pair, method)
             try:
+                if given_up:
+                    raise DiffMorpherError(given_up)
                 result |= {"status": "done", "error": None} | self._make(pair, method, part)
             except Cancelled:
                 raise

@@ -20,14 +20,16 @@ from .statistics import binomial_interval
 def write_study(run: Path, methods: tuple[str, str], out: Path, seed: int = 0) -> Path:
     """Write a page, films inside, that asks which of two methods is better for each pair that both have.
 
-    run: the folder of `diffmorpher bench`. The order of the pairs, and which film stands on the left, are drawn with
-    `seed`; the page shows no name. Raises `DataError`.
+    run: the folder of `diffmorpher bench`, or the results.json in it. The order of the pairs, and which film stands on the
+    left, are drawn with `seed`; the page shows no name. Raises `DataError`.
     """
     results = read_results(run)
+    folder = run if run.is_dir() else run.parent
     have = {(r["pair"], r["method"]) for r in results["results"]}
+    names = dict.fromkeys(r["method"] for r in results["results"])
     for method in methods:
-        if method not in {name for _, name in have}:
-            there = ", ".join(dict.fromkeys(name for _, name in have))
+        if method not in names:
+            there = ", ".join(names)
             raise DataError(f"{str(run)!r} has no films of the method {method!r}; it has {there}.")
     if methods[0] == methods[1]:
         raise DataError(f"the two methods of a study are both {methods[0]!r}: give two that differ.")
@@ -46,7 +48,7 @@ def write_study(run: Path, methods: tuple[str, str], out: Path, seed: int = 0) -
         draw.shuffle(sides)
         trials.append({"left": len(films), "right": len(films) + 1})
         key.append({"pair": pair, "left": sides[0], "right": sides[1]})
-        films += [base64.b64encode((run / pair / side / "film.mp4").read_bytes()).decode() for side in sides]
+        films += [_film(folder / pair / side / "film.mp4") for side in sides]
     identity = hashlib.sha256(json.dumps([key, films]).encode()).hexdigest()[:12]
     # Which film is whose is in the page, for the tally, but not in words that a voter reads by accident.
     hidden = base64.b64encode(json.dumps(key).encode()).decode()
@@ -79,6 +81,15 @@ def tally(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
     return {name: _summary(count) for name, count in sorted(counts.items())}
 
 
+def _film(file: Path) -> str:
+    try:
+        return base64.b64encode(file.read_bytes()).decode()
+    except OSError as error:
+        raise DataError(
+            f"the film {str(file)!r} cannot be read: remove its folder and run the benchmark again."
+        ) from error
+
+
 def _summary(count: dict[str, int]) -> dict[str, Any]:
     first, second = (name for name in count if name != "equal")
     decided = count[first] + count[second]
@@ -91,8 +102,12 @@ def _read_votes(file: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     try:
         record = json.loads(file.read_text("utf-8"))
         key = json.loads(base64.b64decode(record["key"]))
+        trials = [vote["trial"] for vote in record["votes"]]
+        if len(set(trials)) != len(trials) or not set(trials) <= set(range(len(key))):
+            raise ValueError(f"the trials {trials} are not some of {len(key)}, each once")
         for vote in record["votes"]:
-            key[vote["trial"]]["left"], key[vote["trial"]]["right"]
+            if key[vote["trial"]]["left"] == key[vote["trial"]]["right"]:
+                raise ValueError(key[vote["trial"]])
             if vote["choice"] not in ("left", "right", "equal"):
                 raise ValueError(vote["choice"])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:

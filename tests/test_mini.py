@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -38,12 +39,18 @@ def ends_against_inputs(
 
 
 def test_inversion_then_sampling_gives_the_latents_back(mini: Morpher, demo: Demo) -> None:
-    """DDIM up and down again at 50 steps: the round trip's own loss, without the autoencoder's."""
+    """DDIM up and down again, without LoRA: what is lost is the steps' own error, which halves as they double (measured:
+    0.096, 0.057, 0.032, 0.017 at 25, 50, 100, 200 steps). A solver that does not undo itself would not go to zero."""
     path = prepare(mini, demo, ("dog-face", "cat-face"), fit=None)
-    back = path.sample([0, 1], SampleConfig(adain=False), output="latent")
-    assert (back - path.latents).norm() / path.latents.norm() < 0.05
-    wrong = path.sample([0, 1], SampleConfig(steps=10, adain=False), output="latent")  # fewer steps come back worse
-    assert (wrong - path.latents).norm() > (back - path.latents).norm()
+
+    def loss(steps: int) -> float:
+        back = path.sample([0, 1], SampleConfig(steps=steps, adain=False), output="latent")
+        return float((back - path.latents).norm() / path.latents.norm())
+
+    losses = [loss(steps) for steps in (25, 50, 100)]
+    assert losses[2] < 0.035
+    for coarse, fine in itertools.pairwise(losses):
+        assert 0.5 < fine / coarse < 0.65
 
 
 def test_the_end_frames_are_the_input_images(mini: Morpher, demo: Demo) -> None:
@@ -66,7 +73,7 @@ def test_the_end_frames_at_the_papers_settings(mini: Morpher, demo: Demo, capsys
         for name, end, x, y, d in zip(names, ends, inputs, alone, perceptual_distance()(alone, inputs), strict=True):
             print(f"\n{name}: {end[0]:.1f} dB, {end[1]:.3f}; autoencoder alone {psnr(y, x):.1f} dB, {float(d):.3f}")
     for decibels, distance in ends:
-        assert decibels > 23.6 and distance < 0.063
+        assert decibels > 33.0 and distance < 0.012
 
 
 def test_the_film_is_made_of_pictures_not_double_exposures(mini: Morpher, demo: Demo) -> None:

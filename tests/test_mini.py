@@ -54,7 +54,7 @@ def test_inversion_then_sampling_gives_the_latents_back(mini: Morpher, demo: Dem
 
 
 def test_the_end_frames_are_the_input_images(mini: Morpher, demo: Demo) -> None:
-    """Measured, with 200 fit steps: 24.5 and 23.8 dB, 0.055 and 0.061; nearly all of it is the autoencoder's loss."""
+    """Measured, with 200 fit steps: 33.5 and 33.6 dB, 0.007 and 0.010; nearly all of it is the autoencoder's loss."""
     names = ("dog-face", "cat-face")
     path = prepare(mini, demo, names, FitConfig(steps=20))
     for decibels, distance in ends_against_inputs(mini, demo, path, names):
@@ -128,10 +128,12 @@ def test_ablation(mini: Morpher, demo: Demo, capsys: pytest.CaptureFixture[str])
         for name, (length, variance, ends, drift) in means.items():
             print(f"| {name} | {length:.4f} | {variance:.2e} | {ends:.4f} | {drift:.4f} |")
     length, variance, ends, drift = range(4)
-    # LoRA and attention make the way shorter, AdaIN keeps the colours on their line, rescheduling evens the steps.
-    assert means["+ lora"][length] < 0.8 * means["ddim"][length]
-    assert means["+ attention"][length] < means["+ lora"][length]
+    # LoRA keeps the ends, it and attention make the way shorter, AdaIN keeps the colours on their line, rescheduling evens
+    # the steps.
+    assert means["+ lora"][ends] < 0.7 * means["ddim"][ends]
+    assert means["+ lora"][length] < means["ddim"][length]
+    assert means["+ attention"][length] < 0.95 * means["+ lora"][length]
     assert means["+ adain"][drift] < 0.95 * means["+ attention"][drift]
     assert means["+ reschedule"][variance] < 0.7 * means["+ adain"][variance]
     for name, values in means.items():
-        assert values[ends] < 0.09, name
+        assert values[ends] < 0.02, name

@@ -33,7 +33,7 @@ def make_path(images: int = 2, loop: bool = False, **pipeline: Any) -> MorphPath
             up[k] += torch.randn(up[k].shape, generator=generator) * 0.3
         for down in path.bank.down.values():
             down[k] += torch.randn(down[k].shape, generator=generator) * 0.1
-    path._noises.clear()
+    path._trajectories.clear()
     return path
 
 

@@ -122,6 +122,7 @@ def test_inversion_is_the_formula(prediction_type: str) -> None:
     pipe.unet.double()
     z_0, c = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 32)
     got = invert(Backbone(pipe), z_0, c, steps=7)
+    assert got.shape == (8, 3, 4, 8, 8) and torch.equal(got[0], z_0)
 
     scheduler = pipe.scheduler
     scheduler.set_timesteps(7)
@@ -129,7 +130,7 @@ def test_inversion_is_the_formula(prediction_type: str) -> None:
     for k in range(3):
         z = z_0[k : k + 1].double()
         before = float(scheduler.final_alpha_cumprod)
-        for t in timesteps:
+        for i, t in enumerate(timesteps):
             abar = float(scheduler.alphas_cumprod[t])
             with torch.no_grad():
                 e = pipe.unet(z, t, encoder_hidden_states=c[k : k + 1].double()).sample
@@ -138,7 +139,7 @@ def test_inversion_is_the_formula(prediction_type: str) -> None:
             x_0 = (z - math.sqrt(1 - before) * e) / math.sqrt(before)
             z = math.sqrt(abar) * x_0 + math.sqrt(1 - abar) * e
             before = abar
-        assert_close(got[k : k + 1].double(), z, rtol=1e-4, atol=1e-4)
+            assert_close(got[i + 1, k : k + 1].double(), z, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

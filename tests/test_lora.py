@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import tiny_pipeline
 from diffmorpher import Cancelled, FitConfig, Lora, Morpher, SampleConfig
 from diffmorpher.backbone import Backbone
 from diffmorpher.errors import LoraError
-from diffmorpher.fit import fit_loras
+from diffmorpher.fit import _timesteps, fit_loras
 from diffmorpher.lora import LoraBank, attention_projections
 
 
@@ -146,12 +147,15 @@ def posterior(images: int) -> tuple[Tensor, Tensor, Tensor]:
     return mean, torch.full_like(mean, 0.1), torch.randn(images, 6, 32, generator=generator)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_fitting_together_is_fitting_alone(prediction_type: str) -> None:
+@pytest.mark.parametrize(
+    ("prediction_type", "draws", "decay"),
+    [("epsilon", 1, False), ("v_prediction", 1, False), ("v_prediction", 3, True)],
+)
+def test_fitting_together_is_fitting_alone(prediction_type: str, draws: int, decay: bool) -> None:
     """Each LoRA of a pair against an independent loop: merged weights, one image, plain torch AdamW on its A and B."""
     backbone = Backbone(tiny_pipeline(prediction_type))
     mean, std, conditioning = posterior(2)
-    config = FitConfig(rank=3, steps=4, learning_rate=1e-2)
+    config = FitConfig(rank=3, steps=4, learning_rate=1e-2, draws=draws, decay=decay)
     together = fit_loras(backbone, mean, std, conditioning, config, seed=7)
 
     for k in range(2):
@@ -163,23 +167,34 @@ def test_fitting_together_is_fitting_alone(prediction_type: str) -> None:
         optimizer = torch.optim.AdamW([*down.values(), *up.values()], lr=1e-2, betas=(0.9, 0.999), weight_decay=1e-2)
         generator = torch.Generator().manual_seed(7)
         abar = backbone.pipe.scheduler.alphas_cumprod
-        for _ in range(4):
-            t = int(torch.randint(1000, (1,), generator=generator))
-            eps, draw = torch.randn(2, 1, 4, 8, 8, generator=generator)
-            x_0 = mean[k : k + 1] + std[k : k + 1] * draw
-            z = abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * eps
-            target = eps if prediction_type == "epsilon" else abar[t].sqrt() * eps - (1 - abar[t]).sqrt() * x_0
+        for step in range(4):
+            timesteps = (torch.randint(1000, (draws,), generator=generator) + torch.arange(draws) * 1000) // draws
+            noises = torch.randn(2, draws, 4, 8, 8, generator=generator)
             weights = {f"{n}.weight": layers[n].weight + up[n] @ down[n] for n in layers}
-            output = torch.func.functional_call(
-                unet, weights, (z, t), {"encoder_hidden_states": conditioning[k : k + 1]}
-            ).sample
             optimizer.zero_grad()
-            torch.nn.functional.mse_loss(output, target).backward()
+            for j, t in enumerate(timesteps.tolist()):
+                eps, draw = noises[:, j : j + 1]
+                x_0 = mean[k : k + 1] + std[k : k + 1] * draw
+                z = abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * eps
+                target = eps if prediction_type == "epsilon" else abar[t].sqrt() * eps - (1 - abar[t]).sqrt() * x_0
+                output = torch.func.functional_call(
+                    unet, weights, (z, t), {"encoder_hidden_states": conditioning[k : k + 1]}
+                ).sample
+                (torch.nn.functional.mse_loss(output, target) / draws).backward(retain_graph=True)
+            if decay:
+                optimizer.param_groups[0]["lr"] = 1e-2 * (1 + math.cos(math.pi * step / 4)) / 2
             optimizer.step()
         for n in layers:
             # Over each matrix: AdamW's first steps are signs, so a gradient near zero may turn by rounding.
             for ours, alone in ((together.down[n][k], down[n]), (together.up[n][k], up[n])):
                 assert (ours - alone).norm() < 5e-3 * alone.norm()
+
+
+def test_timesteps_of_a_step_lie_one_in_each_part_of_the_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([_timesteps(1000, 4, generator) for _ in range(2000)])
+    assert bool((drawn // 250 == torch.arange(4)).all()) and drawn.min() < 5 and drawn.max() > 994
+    assert drawn.float().mean().item() == pytest.approx(499.5, abs=5)
 
 
 def test_fit_lowers_the_loss_and_counts_three_rows_for_one() -> None:

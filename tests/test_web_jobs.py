@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffmorpher import FitConfig, Morpher
+from diffmorpher import FitConfig, Morpher, SampleConfig
 from diffmorpher.catalog import ASSETS
 from diffmorpher.checks import check_port, parse_auth
 from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError
@@ -37,6 +37,8 @@ def test_defaults_are_those_of_the_command_line() -> None:
     assert Settings.checked() == Settings()
     assert Settings().command(["a.png", "b.png"], ["", ""]) == "diffmorpher morph a.png b.png -o a-b.mp4"
     assert Settings().fit_config(FitConfig(steps=7)) == FitConfig(steps=7)
+    own = SampleConfig(steps=7, exact_ends=True)
+    assert Settings().sample_config(own) == own and Settings(steps=3).sample_config(own).steps == 3
 
 
 def test_the_command_says_what_differs_and_quotes_what_a_shell_would_split() -> None:
@@ -230,9 +232,9 @@ def test_a_film_and_the_fit_that_is_found_again(studio: Studio) -> None:
     assert ["fit" in seen for seen in stages] == [False, False, False, True, True]
     assert "invert" in stages[2]
     # Each samples his own film, at his own settings.
-    one, two = wait(studio.frame_at(ann, 0.0)), wait(studio.frame_at(bob, 0.0))
+    one, two = wait(studio.frame_at(ann, 0.5)), wait(studio.frame_at(bob, 0.5))
     assert one.size == two.size and one.tobytes() != two.tobytes()
-    assert one.tobytes() == film.result.frames[0].tobytes()
+    assert one.tobytes() == film.result.frames[1].tobytes()
 
 
 def test_downloads_hold_what_they_say(studio: Studio) -> None:

@@ -161,16 +161,16 @@ class Backbone:
 
     # ---- the network
 
-    def predict(self, latents: Tensor, timestep: int, conditioning: Tensor) -> Tensor:
+    def predict(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
         """The network's own output (see `training_target`), float32.                                # (B, C, h, w)
 
-        latents: (B, C, h, w); conditioning: (B, L, D).
+        latents: (B, C, h, w); timestep: one for all rows, or (B,); conditioning: (B, L, D).
         """
         self.unet_rows += len(latents) * (3 if torch.is_grad_enabled() else 1)
         dtype = self.unet.dtype
         return self.unet(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample.float()
 
-    def predict_noise(self, latents: Tensor, timestep: int, conditioning: Tensor) -> Tensor:
+    def predict_noise(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
         """eps(z, t, c), float32.                                                                      # (B, C, h, w)"""
         output = self.predict(latents, timestep, conditioning)
         if self.prediction_type == "epsilon":
@@ -178,17 +178,21 @@ class Backbone:
         a, s = self._levels(timestep)
         return a * output + s * latents  # v = a eps - s x_0 and z = a x_0 + s eps
 
-    def add_noise(self, x_0: Tensor, eps: Tensor, timestep: int) -> Tensor:
+    def add_noise(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
         """`z_t = a_t x_0 + s_t eps`."""
         a, s = self._levels(timestep)
         return a * x_0 + s * eps
 
-    def training_target(self, x_0: Tensor, eps: Tensor, timestep: int) -> Tensor:
+    def training_target(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
         """What `predict` should return for `z_t`: the noise, or the velocity `a_t eps - s_t x_0`."""
         a, s = self._levels(timestep)
         return eps if self.prediction_type == "epsilon" else a * eps - s * x_0
 
-    def _levels(self, timestep: int) -> tuple[float, float]:
+    def _levels(self, timestep: int | Tensor) -> tuple[Any, Any]:
+        """`a_t` and `s_t`: numbers, or for timesteps (B,) float32 tensors (B, 1, 1, 1)."""
+        if isinstance(timestep, Tensor):
+            abar = self._abar[timestep.cpu()].reshape(-1, 1, 1, 1)
+            return abar.sqrt().float().to(timestep.device), (1 - abar).sqrt().float().to(timestep.device)
         abar = float(self._abar[timestep])
         return abar**0.5, (1 - abar) ** 0.5
 

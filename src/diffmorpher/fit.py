@@ -19,17 +19,19 @@ def fit_loras(
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> LoraBank:
-    """Train a bank on K images together: row k of each batch trains LoRA k alone.
+    """Train a bank on K images together: LoRA k learns from image k's rows of each batch alone.
 
     mean, std: (K, C, h, w), the scaled VAE posterior of each image; conditioning: (K, L, D).
-    Each step draws one timestep, one noise and one posterior sample, shared by all rows: so an image's LoRA does not
-    depend on which other images it is fitted with, and the same one comes from `diffmorpher fit`.
+    Each step makes `config.draws` draws of a timestep, a noise and a posterior sample, the same for every image: so an
+    image's LoRA does not depend on which other images it is fitted with, and the same one comes from `diffmorpher fit`.
     """
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     device = mean.device
     with torch.inference_mode(False), torch.enable_grad(), backbone.borrowed():
-        mean, std, conditioning = mean.clone(), std.clone(), conditioning.clone()
-        bank = LoraBank.create(attention_projections(backbone.unet), len(mean), config.rank, seed, device)
+        # Inference tensors cannot be trained on, their copies can. Rows: image 0's draws, then image 1's, ...
+        mean, std, conditioning = (x.repeat_interleave(config.draws, 0) for x in (mean, std, conditioning))
+        images = len(mean) // config.draws
+        bank = LoraBank.create(attention_projections(backbone.unet), images, config.rank, seed, device)
         parameters = [p.requires_grad_() for p in bank.parameters()]
         # In float16 small gradients would vanish. AdamW does not see a scale that its eps shares.
         scale = 1024.0 if backbone.unet.dtype == torch.float16 else 1.0
@@ -43,13 +45,16 @@ def fit_loras(
         )
         with bank.attached(backbone.unet):
             for step in range(config.steps):
-                t = int(torch.randint(backbone.num_train_timesteps, (1,), generator=generator))
-                eps, draw = torch.randn(2, 1, *mean.shape[1:], generator=generator).to(device).expand(-1, *mean.shape)
+                for group in optimizer.param_groups:
+                    group["lr"] = config.rate(step)
+                t = _timesteps(backbone.num_train_timesteps, config.draws, generator).to(device).repeat(images)
+                noise = torch.randn(2, config.draws, *mean.shape[1:], generator=generator).to(device)
+                eps, draw = noise.repeat(1, images, 1, 1, 1)
                 x_0 = mean + std * draw
                 output = backbone.predict(backbone.add_noise(x_0, eps, t), t, conditioning)
                 target = backbone.training_target(x_0, eps, t)
-                # Mean over each image, summed over images: every LoRA gets the gradient it would get alone.
-                loss = (output - target).square().flatten(1).mean(1).sum()
+                # Mean over each image's draws, summed over images: every LoRA gets the gradient it would get alone.
+                loss = (output - target).square().unflatten(0, (images, -1)).flatten(1).mean(1).sum()
                 optimizer.zero_grad()
                 (loss * scale).backward()
                 optimizer.step()
@@ -59,3 +64,8 @@ def fit_loras(
             p.requires_grad_(False)
             p.grad = None
     return bank
+
+
+def _timesteps(count: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Timesteps of one step's draws, int64: each uniform, and one in each of `draws` equal parts of the whole range."""
+    return (torch.randint(count, (draws,), generator=generator) + torch.arange(draws) * count) // draws

@@ -13,14 +13,17 @@ from .config import ProgressCallback
 def invert(
     backbone: Backbone, latents: Tensor, conditioning: Tensor, steps: int, progress: ProgressCallback | None = None
 ) -> Tensor:
-    """Noises of all images at once; their LoRAs are attached by the caller.
+    """The way of all images at once from clean latents to noises; their LoRAs are attached by the caller.
 
-    latents: (K, C, h, w) clean, scaled; conditioning: (K, L, D). Returns (K, C, h, w), float32.
+    latents: (K, C, h, w) clean, scaled; conditioning: (K, L, D). Returns (T + 1, K, C, h, w), float32: the latents at each
+    level of the schedule, the clean ones first, the noises last.
     """
     schedule = backbone.schedule(steps)
     z = latents.float()
+    trajectory = [z]
     for i, t in enumerate(schedule.timesteps):
         z = schedule.move(z, backbone.predict_noise(z, t, conditioning), level=i, to=i + 1)
+        trajectory.append(z)
         if progress:
             progress("invert", i + 1, steps)
-    return z
+    return torch.stack(trajectory)

@@ -124,7 +124,7 @@ class LoraBank:
 
     @contextmanager
     def attached(self, unet: nn.Module) -> Iterator[LoraBank]:
-        """While open, the bank's layers of `unet` add their LoRA; row k of a batch uses LoRA k until `set_rows`."""
+        """While open, the bank's layers of `unet` add their LoRA; until `set_rows` part k of a batch's K parts uses LoRA k."""
         self._rows = None
         handles = []
         try:
@@ -142,8 +142,9 @@ class LoraBank:
             x = args[0]  # (B, N, in); (B, in) for time embeddings; (B, in, H, W) for 1 x 1 convolutions
             pixels = isinstance(module, nn.Conv2d)
             flat = x.flatten(2).transpose(1, 2) if pixels else x.reshape(x.shape[0], -1, x.shape[-1])
-            low = torch.bmm(flat, down.to(x.dtype).transpose(1, 2))  # (B, N, r)
-            high = torch.bmm(low, up.to(x.dtype).transpose(1, 2))  # (B, N, out)
+            # (K, B / K x N, in) while no rows are set: the batch is in K equal parts, one for each LoRA.
+            low = torch.bmm(flat.reshape(len(down), -1, flat.shape[-1]), down.to(x.dtype).transpose(1, 2))
+            high = torch.bmm(low, up.to(x.dtype).transpose(1, 2)).reshape(*flat.shape[:2], -1)  # (B, N, out)
             return output + (high.transpose(1, 2) if pixels else high).reshape(output.shape)
 
         return add_lora

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from operator import index
@@ -21,15 +19,16 @@ from torch import Tensor
 from .backbone import Backbone
 from .catalog import ModelSpec, choose_device, choose_dtype, load_pipeline
 from .config import NUM_FRAMES, FitConfig, ProgressCallback, SampleConfig, ScheduleConfig
-from .errors import ConfigError, DiffMorpherError
+from .errors import ConfigError
 from .film import save_film
 from .fit import fit_loras
 from .lora import LoraBank
 from .lora_files import Lora, load_lora
 from .media import ImageSource, fit_image, image_hash, load_image
-from .path import MorphPath, to_pil, to_pixels
-from .perceptual import pdv, perceptual_distance, ppl
-from .schedule import even_positions, uniform_positions
+from .path import MorphPath, to_pixels
+from .perceptual import pdv, ppl
+from .schedule import uniform_positions
+from .stream import FrameStream
 
 
 @dataclass
@@ -125,11 +124,12 @@ class Morpher:
         images: two or more. prompts: one for all, one each, or none. loras: one file (or `Lora`) per image, instead of
         fitting. fit: "recommended" takes the model's own settings, else the paper's; None without `loras` means no LoRA.
         size: (width, height), multiples of the VAE's factor; None takes the model's. resize: "crop" fills that size and
-        cuts what stands over, "pad" shows all of each image on white. steps: of the inversion, as in `SampleConfig`.
+        cuts what stands over, "pad" shows all of each image on white. steps: of the inversion, as in `SampleConfig`;
+        None takes the model's.
         loop: a path that returns to the first image. Raises `ConfigError`, `ImageError`, `LoraError`.
         """
         _check_images(images)
-        steps = (SampleConfig() if steps is None else SampleConfig(steps=steps)).steps
+        sample = self.spec.sample if steps is None else replace(self.spec.sample, steps=steps)
         size = self.working_size(size)
         texts = _one_each(prompts, len(images))
         pictures = [fit_image(load_image(image), size, resize) for image in images]
@@ -161,8 +161,8 @@ class Morpher:
             bank = self._fit(mean, std, conditioning, config, seed, progress, texts, hashes)
             settings["fit"] = asdict(config)
 
-        path = MorphPath(self.backbone, mean, conditioning, bank, texts, loop, settings)
-        path.noises_at(steps, progress)
+        path = MorphPath(self.backbone, mean, conditioning, bank, texts, loop, settings, sample)
+        path.noises_at(sample.steps, progress)
         return path
 
     def fit(
@@ -257,33 +257,11 @@ class Morpher:
         In a loop the last frame leads back to the first, which is not repeated. Raises `ConfigError` if the frames are
         fewer than the images.
         """
-        sample, schedule = sample or SampleConfig(), schedule or ScheduleConfig()
+        sample, schedule = sample or path.sample_config, schedule or ScheduleConfig()
         _check_frames(num_frames)
-        seconds = {"schedule": 0.0, "sample": 0.0}
         rows_before = self.backbone.unet_rows
-        positions = uniform_positions(num_frames, path.num_images, path.loop)
-        perceptual = perceptual_distance(str(self.backbone.device))
-
-        def frames_at(positions: Sequence[float], stage: str) -> tuple[Tensor, list[float]]:
-            def report(reported: str, done: int, total: int) -> None:
-                if progress:
-                    progress("invert" if reported == "invert" else stage, done, total)
-
-            with _timed(seconds, stage):
-                pixels = path.decode(path.sample_latents(positions, sample, report))
-                closed = torch.cat([pixels, pixels[:1]]) if path.loop else pixels
-                distances = perceptual.consecutive(closed).tolist()
-                if not all(map(math.isfinite, distances)):
-                    raise DiffMorpherError(
-                        "the model gave no valid picture (NaN): lower the LoRA rate, or use float32."
-                    )
-                return pixels, distances
-
-        before: list[float] = []
-        if schedule.enabled and num_frames > (2 if not path.loop else 1):
-            _, before = frames_at(positions, "schedule")
-            positions = even_positions(positions, before, num_frames, path.num_images, path.loop)
-        pixels, distances = frames_at(positions, "sample")
+        stream = FrameStream(path, num_frames, sample, schedule, progress)
+        frames = list(stream)
         settings = {
             "diffmorpher": version("diffmorpher"),
             "model": self.backbone.name,
@@ -293,10 +271,18 @@ class Morpher:
             "frames": num_frames,
             "sample": asdict(sample),
             "schedule": asdict(schedule),
-            "alphas": positions,
+            "alphas": stream.positions,
         }
-        rows = self.backbone.unet_rows - rows_before
-        return MorphResult(to_pil(pixels), positions, distances, seconds, rows, settings, path, before)
+        return MorphResult(
+            frames,
+            stream.positions,
+            stream.distances,
+            stream.seconds,
+            self.backbone.unet_rows - rows_before,
+            settings,
+            path,
+            stream.distances_before,
+        )
 
     def __call__(
         self,
@@ -315,7 +301,7 @@ class Morpher:
         progress: ProgressCallback | None = None,
     ) -> MorphResult:
         """Pictures to a film in one call: `prepare`, then `film`; see there for what each setting means."""
-        sample = sample or SampleConfig()
+        sample = sample or self.spec.sample
         rows_before = self.backbone.unet_rows
         seconds = {"load": self.load_seconds, "fit": 0.0, "invert": 0.0}
         stage_ends: dict[str, float] = {}
@@ -339,15 +325,6 @@ class Morpher:
         result = self.film(path, num_frames, sample, schedule, progress)
         result.seconds = seconds | result.seconds
         return replace(result, unet_rows=self.backbone.unet_rows - rows_before)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] += time.perf_counter() - started
 
 
 def _check_images(images: Any) -> None:

@@ -63,9 +63,7 @@ LoraRank = Annotated[
 ]
 LoraLr = Annotated[
     float | None,
-    _option(
-        "LoRAs", "--lora-lr", "Lower it if frames break up.", "X", f"{_FIT.learning_rate:g} * (* or the model's own)"
-    ),
+    _option("LoRAs", "--lora-lr", "Lower it if frames break up.", "X", f"{_FIT.learning_rate:g} *"),
 ]
 Loras = Annotated[
     list[Path] | None, _option("LoRAs", "--lora", "Use files fitted before: repeat it, one for each image.", "FILE")
@@ -79,7 +77,9 @@ LoraBlend = Annotated[
     _option("LoRAs", "--lora-blend", "How two are mixed.", "auto|factors|product", _SAMPLE.lora_blend),
 ]
 
-Steps = Annotated[int | None, _option("Method", "--steps", "Diffusion steps; fewer are quicker.", "T", _SAMPLE.steps)]
+Steps = Annotated[
+    int | None, _option("Method", "--steps", "Diffusion steps; fewer are quicker.", "T", f"{_SAMPLE.steps} *")
+]
 AttentionLambda = Annotated[
     float | None,
     _option("Method", "--attention-lambda", "0 to 1; more makes steadier frames.", "L", _SAMPLE.attention_lambda),
@@ -90,8 +90,12 @@ AttentionMode = Annotated[
 ]
 NoAttention = Annotated[bool, _option("Method", "--no-attention", "Do not mix self-attention.")]
 NoAdain = Annotated[bool, _option("Method", "--no-adain", "Do not match the colours of the two ends.")]
-NoReschedule = Annotated[
-    bool, _option("Method", "--no-reschedule", "Do not even out the speed: half the sampling time.")
+NoReschedule = Annotated[bool, _option("Method", "--no-reschedule", "Do not even out the speed.")]
+Paper = Annotated[
+    bool,
+    _option(
+        "Method", "--paper", "The paper's settings throughout, in place of the model's own: some three times the work."
+    ),
 ]
 Preview = Annotated[
     bool,

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from .invert import invert
 from .lora import LoraBank
 from .sample import denoise
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
@@ -35,10 +35,19 @@ def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
 
 
+def to_bytes(pixels: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] to uint8, rounded, on the CPU."""
+    return ((pixels + 1) * 127.5).clamp(0, 255).round().byte().cpu()
+
+
+def to_picture(picture: Tensor) -> Image.Image:
+    """(3, H, W) uint8 to an RGB picture."""
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+
+
 def to_pil(pixels: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] to 8-bit RGB pictures, rounded."""
-    arrays = ((pixels + 1) * 127.5).clamp(0, 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(a) for a in arrays]
+    return [to_picture(picture) for picture in to_bytes(pixels)]
 
 
 @dataclass
@@ -46,7 +55,8 @@ class MorphPath:
     """Fitted LoRAs, inverted noises and text conditioning of K images; cheap to sample at any position.
 
     latents: (K, C, h, w) clean and scaled; conditioning: (K, L, D); bank: the images' LoRAs, or None for none.
-    Positions run over [0, K-1]; in a loop over [0, K], where K is the first image again.
+    Positions run over [0, K-1]; in a loop over [0, K], where K is the first image again. sample_config: how frames are
+    sampled where nothing else is asked for.
     """
 
     backbone: Backbone
@@ -56,7 +66,8 @@ class MorphPath:
     prompts: list[str]
     loop: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
-    _noises: dict[int, Tensor] = field(default_factory=dict)
+    sample_config: SampleConfig = field(default_factory=SampleConfig)
+    _trajectories: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def num_images(self) -> int:
@@ -64,16 +75,28 @@ class MorphPath:
 
     @property
     def noises(self) -> Tensor:
-        """The inverted noises, (K, C, h, w) float32, of the first inversion made (50 steps unless said otherwise)."""
-        return next(iter(self._noises.values())) if self._noises else self.noises_at(SampleConfig().steps)
+        """The inverted noises, (K, C, h, w) float32, of the first inversion made."""
+        return self.noises_at(next(iter(self._trajectories), self.sample_config.steps))
 
     def noises_at(self, steps: int, progress: ProgressCallback | None = None) -> Tensor:
         """The noises of an inversion with `steps` steps, each image with its own LoRA and prompt; made once, then kept."""
+        return self._trajectory(steps, progress)[-1]
+
+    def _trajectory(self, steps: int, progress: ProgressCallback | None = None) -> Tensor:
+        """The whole of that inversion: (T + 1, K, C, h, w) float32, clean latents first."""
         SampleConfig(steps=steps)  # refuses what cannot be
-        if steps not in self._noises:
+        if steps not in self._trajectories:
             with self.backbone.borrowed(), self._lora():
-                self._noises[steps] = invert(self.backbone, self.latents, self.conditioning, steps, progress)
-        return self._noises[steps]
+                self._trajectories[steps] = invert(self.backbone, self.latents, self.conditioning, steps, progress)
+        return self._trajectories[steps]
+
+    def batch_size(self, config: SampleConfig) -> int:
+        """Frames per batch: enough rows to fill the device, few enough to keep memory flat."""
+        if config.batch_size != "auto":
+            return config.batch_size
+        cells = self.latents.shape[-1] * self.latents.shape[-2]
+        on_cpu = self.latents.device.type == "cpu"  # where batches beyond what fills the caches gain nothing
+        return max(4, min(64, (16 * 16 * 16 if on_cpu else 16 * 64 * 64) // cells))
 
     @contextmanager
     def _lora(self) -> Iterator[None]:
@@ -97,7 +120,7 @@ class MorphPath:
         """
         if output not in ("pil", "np", "pt", "latent"):
             raise ConfigError(f'output is {output!r}, but must be "pil", "np", "pt" or "latent".')
-        latents = self.sample_latents(alphas, config or SampleConfig(), progress)
+        latents = self.sample_latents(alphas, config or self.sample_config, progress)
         if output == "latent":
             return latents
         pixels = self.decode(latents)
@@ -124,8 +147,9 @@ class MorphPath:
         if len(where.alpha) == 0:
             return self.latents.new_empty(0, *self.latents.shape[1:])
         config.check_images(self.num_images)
-        noises = self.noises_at(config.steps, progress)
-        chunks = _chunks(where, _batch_size(config, noises))
+        trajectory = self._trajectory(config.steps, progress)
+        noises = trajectory[-1]
+        chunks = _chunks(where, self.batch_size(config))
         done, total = 0, len(chunks) * config.steps
 
         def on_step() -> None:
@@ -153,6 +177,7 @@ class MorphPath:
                     chunk.rows,
                     config,
                     unconditional,
+                    trajectory[:, chunk.images] if config.exact_ends else None,
                     on_step,
                 )
                 result[chunk.frames] = latents[chunk.batch_rows]
@@ -166,7 +191,7 @@ class MorphPath:
         Raises `OutputError` if it cannot be written; an older file is then left as it was.
         """
         tensors = {"latents": self.latents, "conditioning": self.conditioning}
-        tensors |= {f"noises.{steps}": noises for steps, noises in self._noises.items()}
+        tensors |= {f"trajectory.{steps}": z for steps, z in self._trajectories.items()}
         if self.bank:
             tensors |= {f"lora.down.{name}": a for name, a in self.bank.down.items()}
             tensors |= {f"lora.up.{name}": b for name, b in self.bank.up.items()}
@@ -178,6 +203,7 @@ class MorphPath:
             "loop": self.loop,
             "loras": self.bank.metadata if self.bank else None,
             "settings": self.settings,
+            "sample": asdict(self.sample_config),
         }
         out = Path(file)
         try:
@@ -220,7 +246,8 @@ class MorphPath:
                     for prefix in ("lora.down.", "lora.up.")
                 )
                 bank = LoraBank(down, up, header["loras"])
-            noises = {int(name.removeprefix("noises.")): t for name, t in tensors.items() if name.startswith("noises.")}
+            inverted = "trajectory."
+            trajectories = {int(n.removeprefix(inverted)): t for n, t in tensors.items() if n.startswith(inverted)}
             return cls(
                 backbone,
                 tensors["latents"],
@@ -229,7 +256,8 @@ class MorphPath:
                 header["prompts"],
                 header["loop"],
                 header["settings"],
-                noises,
+                SampleConfig(**header["sample"]),
+                trajectories,
             )
         except FileNotFoundError as error:
             raise PathFileError(f"the path file {source} does not exist.") from error
@@ -246,6 +274,7 @@ class _Chunk:
     """One batch: end images first, then frames between them. Batch row `batch_rows[i]` is the path's frame `frames[i]`."""
 
     positions: list[float]  # of every row
+    images: list[int]  # of the first rows
     rows: Between  # each row's ends, as rows of this batch
     frames: list[int]
     batch_rows: list[int]
@@ -275,6 +304,7 @@ def _chunks(where: Between, size: int) -> list[_Chunk]:
         chunks.append(
             _Chunk(
                 positions=[*map(float, ends), *(left[i] + alpha[i] for i in group)],
+                images=ends,
                 rows=Between(
                     torch.tensor([*own, *(row_of[left[i]] for i in group)]),
                     torch.tensor([*own, *(row_of[right[i]] for i in group)]),
@@ -285,12 +315,3 @@ def _chunks(where: Between, size: int) -> list[_Chunk]:
             )
         )
     return chunks
-
-
-def _batch_size(config: SampleConfig, noises: Tensor) -> int:
-    """Frames per batch: enough rows to fill the device, few enough to keep memory flat."""
-    if config.batch_size != "auto":
-        return config.batch_size
-    cells = noises.shape[-1] * noises.shape[-2]
-    on_cpu = noises.device.type == "cpu"  # where batches beyond what fills the caches gain nothing
-    return max(4, min(64, (16 * 16 * 16 if on_cpu else 16 * 64 * 64) // cells))

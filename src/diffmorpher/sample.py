@@ -11,7 +11,7 @@ from torch import Tensor
 from .attention import interpolated_attention, replaced_steps
 from .backbone import Backbone
 from .config import SampleConfig
-from .interpolate import Between
+from .interpolate import Between, lerp
 
 
 @torch.no_grad()
@@ -22,18 +22,22 @@ def denoise(
     rows: Between,
     config: SampleConfig,
     unconditional: Tensor | None = None,
+    trajectory: Tensor | None = None,
     on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """DDIM from noise to clean latents, self-attention interpolated in the first steps.
 
     noises: (B, C, h, w), the end images' rows among them; conditioning: (B, L, D);
     rows: for each row of this batch which two of its rows are its ends, and its alpha;
-    unconditional: (1, L, D), the empty prompt's embedding, needed where `config.guidance_scale` is above 1.
+    unconditional: (1, L, D), the empty prompt's embedding, needed where `config.guidance_scale` is above 1;
+    trajectory: (T + 1, E, C, h, w), the inversion's latents of the first E rows, the end images, needed where
+    `config.exact_ends` is set: each step puts the end rows back on it, and the rows between them by the same, interpolated.
     Returns (B, C, h, w), float32. The LoRAs are attached, with their rows set, by the caller.
     """
     schedule = backbone.schedule(config.steps)
     replaced = replaced_steps(config.attention_lambda, config.steps)
     z, batch = noises.float(), len(noises)
+    between = rows
     guided = config.guidance_scale != 1
     if guided:
         assert unconditional is not None
@@ -55,6 +59,10 @@ def denoise(
             free, conditional = eps.chunk(2)
             eps = free + config.guidance_scale * (conditional - free)
         z = schedule.move(z, eps, level=level, to=level - 1)
+        if config.exact_ends:
+            assert trajectory is not None
+            missing = trajectory[level - 1] - z[: trajectory.shape[1]]
+            z = z + lerp(missing[between.left], missing[between.right], between.alpha)
         if on_step:
             on_step()
     return z

@@ -6,7 +6,9 @@ stretch leads back to image 0, and the frame that would repeat it is left out, s
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -78,3 +80,25 @@ def even_positions(
     for m, share in zip(members, shares, strict=True):
         new += even_alphas(closed[m].tolist(), steps[m[0] : m[-1]].tolist(), share + 1)[:-1]
     return new if loop else [*new, float(stretches)]
+
+
+def gaps_of_rounds(gaps: int, stretches: int, rounds: int, most: int) -> list[int]:
+    """How many gaps there are after each round of insertion: growing evenly up to `most`, then all that are left at once."""
+    placed = min(gaps, max(most, stretches))
+    grown = [max(stretches, -(-placed * i // rounds)) for i in range(1, rounds + 1)]
+    return [*dict.fromkeys([*grown, gaps])]
+
+
+def insert_positions(positions: Sequence[float], distances: Sequence[float], num: int) -> list[float]:
+    """`num` new positions, ascending, in the widest gaps: one after the other into the gap whose parts are longest.
+
+    `distances[i]` lies between `positions[i]` and `positions[i + 1]`. A gap is split evenly.
+    """
+    parts = [1] * len(distances)
+    widest = [(-float(d), i) for i, d in enumerate(distances)]
+    heapq.heapify(widest)
+    for _ in range(num):
+        _, i = widest[0]
+        parts[i] += 1
+        heapq.heapreplace(widest, (-float(distances[i]) / parts[i], i))
+    return [p + (q - p) * j / n for (p, q), n in zip(pairwise(positions), parts, strict=True) for j in range(1, n)]

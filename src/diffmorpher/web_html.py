@@ -115,7 +115,10 @@ def downloads(links: Mapping[str, tuple[str, Path]], waiting: Sequence[str] = ()
     for kind, (label, purpose) in DOWNLOADS.items():
         if kind in links:
             url, file = links[kind]
-            size = file.stat().st_size
+            try:
+                size = file.stat().st_size
+            except FileNotFoundError:  # the page was closed while this was being drawn: its files are gone
+                continue
             size_text = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{max(1, size // 1000)} kB"
             pieces.append(
                 f'<a class="download" href="{escape(url)}" download="{escape(file.name)}" title="{escape(purpose)}">'

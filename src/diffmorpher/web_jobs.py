@@ -22,6 +22,7 @@ from PIL import Image
 
 from .catalog import check_model
 from .checks import check_counts
+from .config import SampleConfig
 from .errors import ConfigError, DiffMorpherError, ImageError, UserError
 from .film import read_settings
 from .media import image_hash, load_image
@@ -200,7 +201,7 @@ class Studio:
         texts = [" ".join(prompt.split())[:MAX_PROMPT] for prompt in prompts]
         if path_file is None:
             check_counts(len(pictures), len(texts), len(loras), settings.frames, settings.loop)
-            settings.sample_config().check_images(len(pictures))
+            settings.sample_config(SampleConfig()).check_images(len(pictures))
             images = [load_image(picture.file) for picture in pictures]
             _check_neighbours(images, [picture.name for picture in pictures], settings.loop)
         for file in (*loras, *([path_file] if path_file else [])):
@@ -218,7 +219,8 @@ class Studio:
                 path = self._prepare(morpher, settings, images, texts, loras, progress)
                 name = film_name(names)
                 command = settings.command(names, texts, [lora.name for lora in loras])
-            result = morpher.film(path, settings.frames, settings.sample_config(), settings.schedule_config(), progress)
+            sample = settings.sample_config(path.sample_config)
+            result = morpher.film(path, settings.frames, sample, settings.schedule_config(), progress)
             progress("save", 0, 1)
             film = Film(result, settings, name, command, session.new_folder())
             result.save(film.video, settings.fps, settings.ping_pong)
@@ -238,7 +240,8 @@ class Studio:
         film = self._film(session)
 
         def work(progress: Callable[[str, int, int], None]) -> Image.Image:
-            return film.result.path.sample([alpha], film.settings.sample_config(), progress=progress)[0]
+            path = film.result.path
+            return path.sample([alpha], film.settings.sample_config(path.sample_config), progress=progress)[0]
 
         return self._start(session, "frame", work)
 
@@ -288,8 +291,9 @@ class Studio:
                 self._paths.popitem(last=False)
         self._paths.move_to_end(key)
         path = self._paths[key]
-        path.noises_at(settings.steps, progress)
-        return replace(path, loop=settings.loop, settings=path.settings | {"loop": settings.loop})
+        path.noises_at(settings.steps or morpher.spec.sample.steps, progress)
+        about = path.settings | {"loop": settings.loop}
+        return replace(path, loop=settings.loop, settings=about, sample_config=morpher.spec.sample)
 
     # ---- files to download
 

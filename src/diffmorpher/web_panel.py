@@ -9,8 +9,8 @@ from typing import Any
 import gradio as gr
 
 from .catalog import CATALOG, cached_models
-from .config import FitConfig
-from .web_settings import MAX_FRAMES, MAX_STEPS, Settings
+from .config import FitConfig, SampleConfig
+from .web_settings import MAX_FRAMES, Settings
 
 
 def models(typed: bool) -> list[tuple[str, str]]:
@@ -92,12 +92,7 @@ def settings_panel(typed_models: bool, run: Callable[[], None]) -> tuple[dict[st
                 )
         with gr.Accordion("Making the frames", open=False):
             with gr.Row(elem_classes="pair"):
-                add(
-                    "steps",
-                    gr.Slider(
-                        2, MAX_STEPS, d.steps, step=1, label="Steps", info="Fewer to try things out, 50 for good ones."
-                    ),
-                )
+                optional("steps", "Steps", str(SampleConfig().steps), f"Fewer to try things out. {own}")
                 add(
                     "attention_lambda",
                     gr.Slider(
@@ -114,7 +109,7 @@ def settings_panel(typed_models: bool, run: Callable[[], None]) -> tuple[dict[st
                 add(
                     "reschedule",
                     gr.Checkbox(
-                        d.reschedule, label="Even speed (reschedule)", info="Off halves the time, but it may jump."
+                        d.reschedule, label="Even speed (reschedule)", info="Off when it should follow the positions."
                     ),
                 )
             add(

@@ -42,7 +42,7 @@ class Settings:
     lora_rank: int | None = None
     lora_lr: float | None = None
     fix_lora: float | None = None
-    steps: int = _SAMPLE.steps
+    steps: int | None = None
     attention_lambda: float = _SAMPLE.attention_lambda
     adain: bool = _SAMPLE.adain
     reschedule: bool = _SCHEDULE.enabled
@@ -75,7 +75,7 @@ class Settings:
             raise ConfigError(f"resize is {self.resize!r}, but must be 'crop' or 'pad'.")
         check_fps(self.fps)
         check_seed(self.seed)
-        self.sample_config()
+        self.sample_config(SampleConfig())
         self.fit_config(FitConfig())
 
     @property
@@ -83,10 +83,11 @@ class Settings:
         """(width, height), or None for what suits the model."""
         return parse_size(self.size.strip().lower().replace("×", "x") or None)
 
-    def sample_config(self) -> SampleConfig:
-        """How the frames are made. Raises `ConfigError`."""
-        return SampleConfig(
-            steps=self.steps,
+    def sample_config(self, recommended: SampleConfig) -> SampleConfig:
+        """How the frames are made: the model's own way with what was given. Raises `ConfigError`."""
+        return replace(
+            recommended,
+            steps=self.steps or recommended.steps,
             attention_lambda=self.attention_lambda,
             adain=self.adain,
             guidance_scale=self.guidance,

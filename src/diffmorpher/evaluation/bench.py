@@ -10,7 +10,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -70,7 +70,7 @@ class Settings:
         return {
             "frames": self.frames,
             "steps": self.steps,
-            "fit": asdict(self.fit),
+            "fit": self.fit.described(),
             "seed": self.seed,
             "distance": DISTANCE,
             "frames_are": "rounded to 8 bits, at the model's working size",

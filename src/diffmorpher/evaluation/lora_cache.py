@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -81,7 +80,7 @@ def _key(morpher: Morpher, image: Image.Image, prompt: str, fit: FitConfig, seed
         "image": image_hash(picture),
         "size": picture.size,
         "prompt": prompt,
-        "fit": asdict(fit),
+        "fit": fit.described(),
         "seed": seed,
         "version": version("diffmorpher"),
     }

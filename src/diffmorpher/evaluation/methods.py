@@ -102,8 +102,11 @@ def _rounded(pixels: Tensor) -> Tensor:
 # ---- with one
 
 
-def _diffusion(lora: bool, even: bool, **settings: Any) -> Run:
-    """A morph with or without LoRAs, rescheduled or not, and the rest as `SampleConfig` says."""
+def _diffusion(lora: bool, even: bool, insert: bool = False, recommended: bool = False, **settings: Any) -> Run:
+    """A morph with or without LoRAs, rescheduled (in two passes or by insertion) or not, and the rest as `SampleConfig` says.
+
+    recommended: with the fit and the steps that the model's catalog entry names in place of the protocol's.
+    """
 
     def run(
         morpher: Morpher,
@@ -115,11 +118,14 @@ def _diffusion(lora: bool, even: bool, **settings: Any) -> Run:
         progress: ProgressCallback | None,
     ) -> Frames:
         started = time.perf_counter()
-        path = _prepared(morpher, images, prompts, effort.fit if lora else None, seed, effort.steps, progress)
+        own = morpher.spec if recommended else None
+        fit = own.fit if own else effort.fit
+        sample = replace(own.sample if own else SampleConfig(steps=effort.steps), **settings)
+        path = _prepared(morpher, images, prompts, fit if lora else None, seed, sample.steps, progress)
         prepared = time.perf_counter()
-        sample = replace(SampleConfig(steps=effort.steps), **settings)
-        result = morpher.film(path, count, sample, ScheduleConfig(enabled=even), progress)
-        rows = result.unet_rows + len(images) * (effort.steps + (3 * effort.fit.steps if lora else 0))
+        schedule = ScheduleConfig(enabled=even, method="insert" if insert else "two-pass")
+        result = morpher.film(path, count, sample, schedule, progress)
+        rows = result.unet_rows + len(images) * (sample.steps + (3 * fit.steps * fit.draws if lora else 0))
         seconds = {"prepare": prepared - started, "frames": time.perf_counter() - prepared}
         return Frames(to_pixels(result.frames), result.alphas, rows, seconds)
 
@@ -161,6 +167,8 @@ METHODS: dict[str, Method] = {
     "lora+attention+adain": Method("+ AdaIN", _diffusion(True, False)),
     "diffmorpher": Method("all: + rescheduling", _diffusion(True, True)),
     "diffmorpher-kv": Method("all, attention mode kv", _diffusion(True, True, attention_mode="kv")),
+    "diffmorpher-insert": Method("all, frames inserted instead of two passes", _diffusion(True, True, insert=True)),
+    "diffmorpher-fast": Method("as the catalog recommends", _diffusion(True, True, insert=True, recommended=True)),
     "diffmorpher-product": Method("all, LoRA blend product", _diffusion(True, True, lora_blend="product")),
     **{
         f"lambda-{x:g}": Method(f"all, attention in {x:.0%} of the steps", _diffusion(True, True, attention_lambda=x))
@@ -172,6 +180,7 @@ PRESETS: dict[str, list[str]] = {
     "ablation": ["ddim", "lora", "lora+attention", "lora+attention+adain", "diffmorpher"],
     "free": ["dissolve", "warp", "preview"],
     "modes": ["diffmorpher", "diffmorpher-kv", "diffmorpher-product"],
+    "speed": ["diffmorpher", "diffmorpher-insert", "diffmorpher-fast"],
     "lambda": [name for name in METHODS if name.startswith("lambda-")],
     "all": [name for name in METHODS if not name.startswith("lambda-")],
 }

@@ -1,0 +1,202 @@
+"""Films as they are made: insertion, exact ends, and what they cost in U-Net rows and in memory."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from conftest import tiny_pipeline
+from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig, ScheduleConfig
+from diffmorpher.catalog import CATALOG
+from diffmorpher.errors import ConfigError
+from diffmorpher.schedule import gaps_of_rounds, insert_positions
+from diffmorpher.stream import FrameStream
+
+PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def morpher() -> Morpher:
+    return Morpher(tiny_pipeline())
+
+
+@pytest.fixture(scope="module")
+def path(morpher: Morpher) -> MorphPath:
+    return morpher.prepare(PICTURES, fit=FitConfig(rank=2, steps=3, learning_rate=1e-2), steps=STEPS)
+
+
+# ---- where frames are inserted
+
+
+def test_frames_go_one_by_one_where_the_parts_are_longest() -> None:
+    # 8 | 3 | 1: the first splits the 8 into fours, the second a 4-part gap into thirds (2.67), the third the 3 (1.5).
+    assert insert_positions([0, 1, 2, 3], [8, 3, 1], 1) == [0.5]
+    assert insert_positions([0, 1, 2, 3], [8, 3, 1], 2) == pytest.approx([1 / 3, 2 / 3])
+    assert insert_positions([0, 1, 2, 3], [8, 3, 1], 3) == pytest.approx([1 / 3, 2 / 3, 1.5])
+    assert insert_positions([0, 1], [0.0], 3) == [0.25, 0.5, 0.75]  # nothing changes: evenly
+    assert insert_positions([0, 1, 2], [1, 1], 0) == []
+
+
+def test_rounds_grow_evenly_to_a_limit_and_the_rest_comes_at_once() -> None:
+    assert gaps_of_rounds(15, 1, rounds=3, most=60) == [5, 10, 15]
+    assert gaps_of_rounds(15, 1, rounds=1, most=60) == [15]
+    assert gaps_of_rounds(999, 1, rounds=3, most=60) == [20, 40, 60, 999]
+    assert gaps_of_rounds(7, 6, rounds=3, most=60) == [6, 7]  # each image is a frame
+    assert gaps_of_rounds(2, 1, rounds=3, most=60) == [1, 2]
+    assert gaps_of_rounds(100, 80, rounds=3, most=60) == [80, 100]
+
+
+@pytest.mark.parametrize("loop", [False, True])
+@pytest.mark.parametrize("most", [4, 60])
+def test_an_inserted_film_is_that_of_its_positions(morpher: Morpher, path: MorphPath, loop: bool, most: int) -> None:
+    """Whatever was made in which round: the frames are in order, every image is there, the distances are the frames'."""
+    from dataclasses import replace
+
+    round_trip = replace(path, loop=loop)
+    sample = SampleConfig(steps=STEPS)
+    result = morpher.film(round_trip, 9, sample, ScheduleConfig(most=most))
+    assert len(result.alphas) == len(result.frames) == 9 and all(a < b for a, b in pairwise(result.alphas))
+    assert {0.0, 1.0, 2.0} <= set(result.alphas) and max(result.alphas) < (3 if loop else 2.1)
+    plain = round_trip.sample(result.alphas, sample)
+    for ours, expected in zip(result.frames, plain, strict=True):
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(expected)).max() <= 1
+    closed = [*result.frames, result.frames[0]] if loop else result.frames
+    from diffmorpher.path import to_pixels
+    from diffmorpher.perceptual import perceptual_distance
+
+    assert result.distances == pytest.approx(perceptual_distance().consecutive(to_pixels(closed)).tolist(), abs=1e-6)
+
+
+def test_a_jump_gets_its_frames(morpher: Morpher, path: MorphPath, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all change lies in one place, rounds close in on it, which two passes cannot: they saw one wide gap."""
+    jump, width = 0.4, 1e-3
+
+    def distance(self: FrameStream, p: float, q: float, a: Any, b: Any) -> float:
+        def height(x: float) -> float:
+            return float(np.clip((x - jump) / width, 0, 1)) + 0.1 * x
+
+        return height(q) - height(p)
+
+    monkeypatch.setattr(FrameStream, "_distance", distance)
+    widest = {}
+    for method in ("two-pass", "insert"):
+        schedule = ScheduleConfig(method=method, rounds=8)  # type: ignore[arg-type]
+        stream = FrameStream(path, 32, SampleConfig(steps=1), schedule)
+        positions = stream.plan()
+        widest[method] = max(distance(stream, p, q, None, None) for p, q in pairwise(positions))
+    assert widest["insert"] < 0.7 * widest["two-pass"]
+
+
+@pytest.mark.parametrize("bad", [{"method": "best"}, {"rounds": 0}, {"most": 1.5}])
+def test_a_bad_schedule_is_named(bad: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        ScheduleConfig(**bad)
+
+
+# ---- exact ends
+
+
+@pytest.mark.parametrize("settings", [{}, {"attention_mode": "kv"}, {"guidance_scale": 2.0}, {"adain": False}])
+def test_exact_ends_lead_through_the_images_themselves(path: MorphPath, settings: dict[str, Any]) -> None:
+    exact = path.sample([0, 1, 2], SampleConfig(steps=STEPS, exact_ends=True, **settings), output="latent")
+    assert torch.allclose(exact, path.latents, atol=1e-6)
+    plain = path.sample([0, 1, 2], SampleConfig(steps=STEPS, **settings), output="latent")
+    assert (plain - path.latents).abs().max() > 1e-3  # what there was to give back
+    near = path.sample([1e-6, 2 - 1e-6], SampleConfig(steps=STEPS, exact_ends=True, **settings), output="latent")
+    assert torch.allclose(near, path.latents[[0, 2]], atol=1e-3)  # no jump from the ends to the frames beside them
+
+
+def test_exact_ends_do_not_depend_on_the_batch(path: MorphPath) -> None:
+    positions = [0.0, 0.2, 0.7, 1.0, 1.3, 1.9]
+    whole, single = (
+        path.sample(positions, SampleConfig(steps=STEPS, exact_ends=True, batch_size=size), output="latent")
+        for size in (64, 1)
+    )
+    assert torch.allclose(whole, single, atol=1e-4)
+
+
+# ---- costs
+
+
+@contextmanager
+def watching(morpher: Morpher, see: Any) -> Iterator[None]:
+    handle = morpher.backbone.unet.register_forward_hook(lambda module, args, output: see(args[0]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_rows_at_the_papers_settings_are_2300_and_at_the_bundled_models_under_1000() -> None:
+    for spec, most in ((CATALOG["sd21-base"], 2300), (CATALOG["mini"], 1000)):
+        morpher, seen = Morpher(tiny_pipeline(), spec=spec), [0]
+
+        def count(z: torch.Tensor, seen: list[int] = seen) -> None:
+            seen[0] += len(z) * (3 if torch.is_grad_enabled() else 1)
+
+        with watching(morpher, count):
+            result = morpher(PICTURES[:2], size=(32, 32))
+        assert len(result.frames) == 16 and result.unet_rows == seen[0] <= most
+
+
+def test_frames_are_the_same_for_every_batch_size(morpher: Morpher, path: MorphPath) -> None:
+    films = [
+        morpher.film(path, 11, SampleConfig(steps=STEPS, batch_size=size), ScheduleConfig(most=5))
+        for size in (1, 4, 64)
+    ]
+    for film in films[1:]:
+        assert film.alphas == pytest.approx(films[0].alphas, abs=1e-3)
+        for a, b in zip(film.frames, films[0].frames, strict=True):
+            assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).max() <= 3
+
+
+def test_no_weight_is_touched_between_frames(morpher: Morpher, path: MorphPath) -> None:
+    def state() -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in morpher.backbone.unet.parameters()]
+
+    before, seen = state(), []
+    with watching(morpher, lambda z: seen.append(state() == before)):
+        morpher.film(path, 7, SampleConfig(steps=2, batch_size=2))
+    assert len(seen) > 6 and all(seen) and state() == before
+
+
+def test_live_latents_and_batches_do_not_grow_with_the_film(morpher: Morpher, path: MorphPath) -> None:
+    peak: dict[int, int] = {}
+    rows: dict[int, int] = {}
+    for frames in (30, 120):
+        peak[frames] = rows[frames] = 0
+
+        def look(z: torch.Tensor, frames: int = frames) -> None:
+            alive = {
+                t.untyped_storage().data_ptr(): t.numel()
+                for t in gc.get_objects()
+                if isinstance(t, torch.Tensor) and t.shape[1:] == z.shape[1:]
+            }
+            peak[frames] = max(peak[frames], sum(alive.values()) // z[0].numel())
+            rows[frames] = max(rows[frames], len(z))
+
+        with watching(morpher, look):
+            morpher.film(path, frames, SampleConfig(steps=1, batch_size=4), ScheduleConfig(most=8))
+    assert rows[30] == rows[120] <= 4 + 3  # a batch can touch three images
+    assert peak[120] <= peak[30] + 4
+
+
+def test_a_stream_gives_its_frames_one_by_one(morpher: Morpher, path: MorphPath) -> None:
+    """The first frame of a long film is there before the last is sampled."""
+    schedule = ScheduleConfig(most=6)
+    stream = FrameStream(path, 60, SampleConfig(steps=1, batch_size=4), schedule)
+    positions = stream.plan()
+    before = morpher.backbone.unet_rows
+    frames = iter(stream)
+    assert next(frames).size == (32, 32) and morpher.backbone.unet_rows - before <= 4 + 3
+    assert len(list(frames)) == 59 and len(positions) == 60 and len(stream.distances) == 59
+    assert morpher.backbone.unet_rows - before >= 60 - 7

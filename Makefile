@@ -37,19 +37,19 @@ test-web: .venv/.dev ## the web page, in a real browser (Debian's chromium; with
 
 .PHONY: lint
 lint: .venv/.dev ## style and types
-	@$(PY) -m ruff check src tests scripts training
-	@$(PY) -m ruff format --check src tests scripts training
+	@$(PY) -m ruff check src tests scripts training benchmarks
+	@$(PY) -m ruff format --check src tests scripts training benchmarks
 	@$(PY) -m mypy
 
 .PHONY: format
 format: .venv/.dev ## rewrite the code in the house style
-	@$(PY) -m ruff check --fix-only src tests scripts training
-	@$(PY) -m ruff format src tests scripts training
+	@$(PY) -m ruff check --fix-only src tests scripts training benchmarks
+	@$(PY) -m ruff format src tests scripts training benchmarks
 
 .PHONY: clean
 clean: ## remove what the commands above wrote, all but .venv
 	@rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find src tests scripts training -name __pycache__ -prune -exec rm -rf {} +
+	@find src tests scripts training benchmarks -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps name this folder: in a copied or moved tree .venv is made anew, so as not to run the code it came from.
 ifneq ($(shell cat .venv/.installed 2>/dev/null),$(CURDIR))

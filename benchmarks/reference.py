@@ -24,7 +24,7 @@ from diffmorpher.interpolate import Between, lerp, noise_between
 from diffmorpher.invert import invert
 from diffmorpher.lora import LoraBank
 from diffmorpher.media import fit_image
-from diffmorpher.path import to_pil
+from diffmorpher.path import to_bytes, to_pil
 from diffmorpher.perceptual import perceptual_distance
 from diffmorpher.schedule import even_positions, uniform_positions
 
@@ -65,7 +65,7 @@ def reference_morph(
                 ends.append(stored)
             with torch.no_grad():
                 frames[alpha] = backbone.decode(latents).cpu()
-        pixels = torch.cat([frames[alpha] for alpha in alphas])
+        pixels = to_bytes(torch.cat([frames[alpha] for alpha in alphas])).float() / 127.5 - 1  # as a film shows them
         return pixels, perceptual_distance(str(backbone.device)).consecutive(pixels).tolist()
 
     alphas = uniform_positions(num_frames, 2)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from diffmorpher.catalog import ASSETS, CATALOG
 from diffmorpher.checks import MAX_FRAMES, parse_size
 from diffmorpher.cli import DEMO, _explain
-from diffmorpher.config import SampleConfig
+from diffmorpher.config import FitConfig, SampleConfig, ScheduleConfig
 from diffmorpher.errors import ConfigError
 from diffmorpher.film import read_settings
 from diffmorpher.lora_files import load_lora
@@ -66,23 +66,24 @@ def test_morph_writes_everything_asked_for_and_prints_one_json_object(tmp_path: 
     assert figures["ppl"] == pytest.approx(sum(figures["distances"]))
     assert list(figures["seconds"]) == ["load", *STAGES, "save"]
     assert all(seconds > 0 for seconds in figures["seconds"].values())
-    # 2 rows of the fit x 3; 2 images x 2 steps inverted; twice 3 rows x 2 steps sampled
-    assert figures["unet_rows"] == 2 * 3 + 2 * 2 + 2 * 3 * 2
+    # 2 images x 4 draws of the fit x 3; 2 images x 2 steps inverted; 2 steps of the 2 ends, then of the ends and a frame
+    assert figures["unet_rows"] == 2 * 4 * 3 + 2 * 2 + 2 * 2 + 3 * 2
 
     assert sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*") if f.is_file()) == [
         *("films/a.mp4", "frames/frame_0000.png", "frames/frame_0001.png", "frames/frame_0002.png", "paths/a.morph")
     ]
     settings: dict[str, Any] = read_settings(tmp_path / "films/a.mp4") or {}
     assert settings["prompts"] == ["a pear", "a rose"]
-    assert settings["sample"] == asdict(SampleConfig(steps=2))  # what was not typed is the library's default
-    assert settings["fit"] == asdict(replace(CATALOG["mini"].fit, steps=1))
+    own = CATALOG["mini"]  # its settings hold for what was not typed
+    assert settings["sample"] == asdict(replace(own.sample, steps=2))
+    assert settings["fit"] == asdict(replace(own.fit, steps=1))
 
-    assert stage_lines(done.stderr) == STAGES
+    assert stage_lines(done.stderr) == ["fit", "invert", "sample"]  # the schedule has no pass of its own
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert lines[4:7] == ["Wrote films/a.mp4", "Wrote frames", "Wrote paths/a.morph"]
-    assert lines[7].split() == ["load", *STAGES, "save", "total"]
-    assert re.fullmatch(r"3 frames, 22 U-Net rows, PPL [\d.]+, PDV [\de.+-]+", lines[-1])
-    assert len(lines) == 11, f"something else was printed:\n{done.stderr}"
+    assert lines[3:6] == ["Wrote films/a.mp4", "Wrote frames", "Wrote paths/a.morph"]
+    assert lines[6].split() == ["load", *STAGES, "save", "total"]
+    assert re.fullmatch(r"3 frames, 38 U-Net rows, PPL [\d.]+, PDV [\de.+-]+", lines[-1])
+    assert len(lines) == 10, f"something else was printed:\n{done.stderr}"
 
 
 def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
@@ -121,9 +122,10 @@ def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
         guidance_scale=2,
         fix_lora=0.5,
         batch_size=1,
+        exact_ends=True,  # the bundled model's own setting, as none was typed
     )
     assert settings["sample"] == asdict(expected)
-    assert settings["schedule"] == {"enabled": False}
+    assert settings["schedule"] == asdict(ScheduleConfig(enabled=False))
     assert (settings["size"], settings["resize"], settings["loop"], settings["seed"]) == ([64, 96], "pad", True, 5)
     assert settings["loras"] == ["pear.safetensors"] * 2
     with Image.open(tmp_path / "a.webp") as film:
@@ -132,13 +134,24 @@ def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
         assert (film.n_frames, film.info["duration"]) == (3, 250)
 
 
+def test_the_papers_settings(tmp_path: Path) -> None:
+    done = run("morph", PEAR, ROSE, "-o", "a.mp4", *SMALL, "--lora-steps", "1", "--paper", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    # 2 images x 1 draw of the fit x 3; 2 images x 2 steps inverted; twice 3 rows x 2 steps sampled
+    assert figures["unet_rows"] == 2 * 3 + 2 * 2 + 2 * 3 * 2
+    settings = figures["settings"]
+    assert settings["fit"] == asdict(FitConfig(steps=1)) and settings["sample"] == asdict(SampleConfig(steps=2))
+    assert settings["schedule"]["method"] == "two-pass"
+
+
 def test_preview(tmp_path: Path) -> None:
     done = run("morph", PEAR, ROSE, "-o", "a.gif", *SMALL, "--preview", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["unet_rows"] == 2 * 2 + 3 * 2  # nothing fitted, one pass
-    assert "fit" not in figures["settings"] and figures["settings"]["schedule"] == {"enabled": False}
-    assert figures["settings"]["sample"] == asdict(SampleConfig(steps=2, attention_mode="outer"))
+    assert "fit" not in figures["settings"] and not figures["settings"]["schedule"]["enabled"]
+    assert figures["settings"]["sample"] == asdict(SampleConfig(steps=2, attention_mode="outer", exact_ends=True))
     assert stage_lines(done.stderr) == ["invert", "sample"]
 
 

@@ -7,18 +7,17 @@ model is checked before anything slow is imported or loaded.
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -40,14 +39,15 @@ from .checks import (
     parse_size,
     warn_unused,
 )
+from .cli_output import given, print_json, save, summary, write
 from .config import FitConfig, SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError, OutputError, UserError
-from .film import check_output, read_settings
+from .film import check_output
 from .media import load_image
-from .progress import StageBars, console, quiet_bars, quiet_libraries, say, show_seconds, show_warnings
+from .progress import StageBars, console, quiet_bars, quiet_libraries, say, show_warnings
 
 if TYPE_CHECKING:
-    from .morpher import Morpher, MorphResult
+    from .morpher import Morpher
 
 #: What `diffmorpher demo` morphs: the name of a picture in assets/demo, and its prompt.
 DEMO = (("tiger-face", "a tiger face"), ("wolf-face", "a wolf face"))
@@ -86,11 +86,11 @@ def demo(
     morpher = _load()
     loaded = time.perf_counter()
     with StageBars() as progress:
-        result = morpher(images, [prompt for _, prompt in DEMO], progress=progress, **_given(seed=seed))
-    seconds = _save(result, outputs, loaded - started)
-    _summary(result, seconds)
+        result = morpher(images, [prompt for _, prompt in DEMO], progress=progress, **given(seed=seed))
+    seconds = save(result, outputs, started, loaded)
+    summary(result, seconds)
     if as_json:
-        _print_json(result, outputs[0], seconds)
+        print_json(result, outputs[0], seconds)
     say(f"Look at {outputs[0]} (film), {outputs[1].name} (for web pages) and {outputs[2].name} (all frames at once).")
 
 
@@ -154,9 +154,9 @@ def morph(
     if no_attention:
         typed_mode = None if preview else attention_mode
         warn_unused("--no-attention", {"--attention-lambda": attention_lambda, "--attention-mode": typed_mode})
-    fit = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
+    fit = given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**fit)
-    sampling = _given(
+    sampling = given(
         steps=steps,
         attention_lambda=0.0 if no_attention else attention_lambda,
         attention_mode=attention_mode,
@@ -174,7 +174,7 @@ def morph(
 
     morpher = _load(model, device, dtype)
     loaded = time.perf_counter()
-    options = _given(
+    options = given(
         num_frames=frames,
         loras=lora or None,
         size=pixels,
@@ -186,12 +186,16 @@ def morph(
     options["fit"] = None if no_lora else replace(recommended.fit, **fit)
     if paper or no_reschedule:
         options["schedule"] = ScheduleConfig(enabled=not no_reschedule, method="two-pass" if paper else "insert")
+    outputs = [out, *([save_frames] if save_frames else [])]
+    if len(outputs) == 1 and out.suffix.lower() in ("", ".mp4") and not ping_pong:  # written as it is made
+        options["write"] = partial(write, out, fps)
+        outputs = []
     with StageBars() as progress:
         result = morpher(pictures, prompts or None, loop=loop, progress=progress, **options)
-    seconds = _save(result, [out, *([save_frames] if save_frames else [])], loaded - started, fps, save_path, ping_pong)
-    _summary(result, seconds)
+    seconds = save(result, outputs, started, loaded, fps, save_path, ping_pong)
+    summary(result, seconds)
     if as_json:
-        _print_json(result, out, seconds)
+        print_json(result, out, seconds)
 
 
 @app.command()
@@ -218,13 +222,13 @@ def fit(
     check_file(out)
     check_seed(seed)
     pixels = parse_size(size)
-    typed = _given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
+    typed = given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**typed)
     picture = load_image(image)
     morpher = _load(model, device, dtype)
     from .lora_files import save_lora
 
-    options = _given(size=pixels, resize=resize, seed=seed)
+    options = given(size=pixels, resize=resize, seed=seed)
     with StageBars() as progress:
         made = morpher.fit(picture, prompt, replace(morpher.spec.fit, **typed), progress=progress, **options)
     save_lora(made, out)
@@ -276,11 +280,6 @@ def _begin(debug: bool) -> None:
     show_warnings(others=debug)
 
 
-def _given(**options: Any) -> dict[str, Any]:
-    """Those that the user typed."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def _load(model: str | None = None, device: str | None = None, dtype: str | None = None) -> Morpher:
     """The model, after its name, the device and the dtype have been checked, which is quicker than loading it."""
     from .catalog import check_model, choose_device, choose_dtype
@@ -292,47 +291,7 @@ def _load(model: str | None = None, device: str | None = None, dtype: str | None
         from .morpher import Morpher
 
         quiet_bars()
-        return Morpher.from_pretrained(**_given(model=model, device=device, dtype=dtype))
-
-
-def _save(
-    result: MorphResult,
-    outputs: Sequence[Path],
-    load: float,
-    fps: float | None = None,
-    save_path: Path | None = None,
-    ping_pong: bool = False,
-) -> dict[str, float]:
-    """Write the film in each place; return the seconds of every stage."""
-    started = time.perf_counter()
-    for output in outputs:
-        result.save(output, **_given(fps=fps), ping_pong=ping_pong)
-    if save_path:
-        result.path.save(save_path)
-    for output in [*outputs, *([save_path] if save_path else [])]:
-        say(f"Wrote {output}")
-    return result.seconds | {"load": load, "save": time.perf_counter() - started}
-
-
-def _summary(result: MorphResult, seconds: dict[str, float]) -> None:
-    show_seconds(seconds)
-    say(f"{len(result.frames)} frames, {result.unet_rows} U-Net rows, PPL {result.ppl:.3f}, PDV {result.pdv:.2e}")
-
-
-def _print_json(result: MorphResult, output: Path, seconds: dict[str, float]) -> None:
-    figures = {
-        "output": str(output),
-        "frames": len(result.frames),
-        "alphas": result.alphas,
-        "distances": result.distances,
-        "ppl": result.ppl,
-        "pdv": result.pdv,
-        "seconds": {stage: round(s, 3) for stage, s in seconds.items()},
-        "unet_rows": result.unet_rows,
-        **{name: result.settings[name] for name in ("model", "device", "seed")},
-        "settings": read_settings(output),
-    }
-    print(json.dumps(figures, allow_nan=False))
+        return Morpher.from_pretrained(**given(model=model, device=device, dtype=dtype))
 
 
 # ---- the way in and out

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
@@ -84,7 +84,7 @@ def save_film(
 ) -> Path:
     """Write the frames to `out` in the format of its suffix and return its path.
 
-    frames: pictures of one size, one or more.
+    frames: pictures of one size, one or more; an .mp4 or a folder is written as they come, and holds none of them in memory.
     out: .mp4 (H.264, yuv420p; an odd side grows by one pixel), .gif and .webp (both looped), .png (a contact sheet), or
         no suffix: a folder of numbered PNG files, from which frames of an earlier film are removed.
     fps: frames per second, 0.01 to 240. A gif above 50 or a webp above 90, which browsers would play slowly, keeps its
@@ -97,18 +97,21 @@ def save_film(
     path = check_output(out)
     if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= fps <= MAX_FPS:
         raise OutputError(f"fps is {fps!r}, but must be a number from {MIN_FPS} to {MAX_FPS} frames per second.")
-    pictures = _pictures(frames)
     settings = json.dumps(dict(metadata), default=str) if metadata is not None else None
+    suffix = path.suffix.lower()
+    as_they_come = not suffix or (suffix == ".mp4" and not ping_pong)
+    coming = _Coming(frames)
+    pictures = [] if as_they_come else _pictures(frames)
     try:
-        if not path.suffix:
-            _save_folder(pictures, path, settings)
+        if not suffix:
+            _save_folder(coming, path, settings)
             return path
         with replacing(path) as part:
-            suffix = path.suffix.lower()
             if ping_pong and suffix != ".png":
                 pictures = pictures + pictures[-2:0:-1]
             if suffix == ".mp4":
-                _write_mp4(pictures, part, Fraction(float(fps)).limit_denominator(100_000), settings)
+                rate = Fraction(float(fps)).limit_denominator(100_000)
+                _write_mp4(coming if as_they_come else pictures, part, rate, settings)
             elif suffix == ".gif":
                 _write_gif(pictures, part, fps, settings)
             elif suffix == ".webp":
@@ -116,8 +119,40 @@ def save_film(
             else:
                 _write_png(contact_sheet(pictures), part, settings)
     except (OSError, ValueError, RuntimeError) as error:  # the latter two: Pillow on a size that a format cannot hold
+        if coming.failure is error:
+            raise
         raise _cannot_write(path, error) from error
     return path
+
+
+class _Coming:
+    """Frames as they are made, checked one by one. failure: the error that the making of one ended in."""
+
+    def __init__(self, frames: Iterable[Image.Image]) -> None:
+        self._frames = frames
+        self.failure: Exception | None = None
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        size: tuple[int, int] | None = None
+        try:
+            for frame in self._frames:
+                if size not in (None, frame.size):
+                    raise _several_sizes(size, frame.size)
+                size = frame.size
+                yield frame.convert("RGB")
+        except Exception as error:
+            self.failure = error
+            raise
+        if size is None:
+            raise _no_frames()
+
+
+def _no_frames() -> OutputError:
+    return OutputError("There are no frames to save: give at least one.")
+
+
+def _several_sizes(one: object, other: object) -> OutputError:
+    return OutputError(f"The frames have several sizes, such as {one} and {other}: make them equal first.")
 
 
 def read_settings(path: PathLike) -> dict[str, object] | None:
@@ -168,10 +203,10 @@ def _pictures(frames: Iterable[Image.Image]) -> list[Image.Image]:
     """All of them, before anything is touched on disk: an error in the making of a frame passes through as it is."""
     pictures = [frame.convert("RGB") for frame in frames]
     if not pictures:
-        raise OutputError("There are no frames to save: give at least one.")
+        raise _no_frames()
     sizes = sorted({picture.size for picture in pictures})
     if len(sizes) > 1:
-        raise OutputError(f"The frames have several sizes, such as {sizes[0]} and {sizes[1]}: make them equal first.")
+        raise _several_sizes(*sizes[:2])
     return pictures
 
 
@@ -180,7 +215,7 @@ def _cannot_write(path: Path, error: Exception) -> OutputError:
     return OutputError(f"Output {str(path)!r} cannot be written ({reason}): free some space or choose another place.")
 
 
-def _save_folder(pictures: Sequence[Image.Image], path: Path, settings: str | None) -> None:
+def _save_folder(pictures: Iterable[Image.Image], path: Path, settings: str | None) -> None:
     exists = path.is_dir()
     path.parent.mkdir(parents=True, exist_ok=True)
     # Inside a folder that exists, as that may be a mount of its own, across which nothing can be moved.
@@ -209,7 +244,7 @@ def _write_png(picture: Image.Image, file: Path, settings: str | None) -> None:
     picture.save(file, format="PNG", pnginfo=info)
 
 
-def _write_mp4(pictures: Sequence[Image.Image], file: Path, rate: Fraction, settings: str | None) -> None:
+def _write_mp4(pictures: Iterable[Image.Image], file: Path, rate: Fraction, settings: str | None) -> None:
     import av
 
     # The header counts in milliseconds unless told otherwise, which would round the film's duration.
@@ -220,13 +255,14 @@ def _write_mp4(pictures: Sequence[Image.Image], file: Path, rate: Fraction, sett
             if settings is not None:
                 container.metadata["comment"] = settings
             stream = container.add_stream("libx264", rate=rate, options={"crf": "18"})
-            stream.width, stream.height = (side + side % 2 for side in pictures[0].size)  # yuv420p halves the sides
             stream.pix_fmt = "yuv420p"
             context = stream.codec_context
             context.time_base = 1 / rate
             context.color_range = 1  # these four as numbered in the standard (H.273): limited range,
             context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 throughout
             for i, picture in enumerate(pictures):
+                if i == 0:
+                    stream.width, stream.height = (side + side % 2 for side in picture.size)  # yuv420p halves the sides
                 array = np.asarray(picture)
                 array = np.pad(array, ((0, array.shape[0] % 2), (0, array.shape[1] % 2), (0, 0)), mode="edge")
                 frame = av.VideoFrame.from_ndarray(array, format="rgb24")

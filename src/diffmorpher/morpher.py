@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from operator import index
@@ -30,15 +30,18 @@ from .perceptual import pdv, ppl
 from .schedule import uniform_positions
 from .stream import FrameStream
 
+#: Takes a film's frames, as they are made, and its settings.
+Writer = Callable[[Iterable[Image.Image], dict[str, Any]], object]
+
 
 @dataclass
 class MorphResult:
     """A film's frames and how they came about.
 
-    frames: PIL images, one size. alphas: their positions. distances: perceptual distance from each frame to the next
-    (n - 1 of them; in a loop n, the last back to the first frame). seconds: wall time by stage. unet_rows: rows of all
-    U-Net batches, a trained row counting 3. settings: what it was made with (the pictures by their hashes), which goes into
-    the film's metadata.
+    frames: PIL images, one size; empty where they were written as they came. alphas: their positions. distances: perceptual
+    distance from each frame to the next (n - 1 of them; in a loop n, the last back to the first frame). seconds: wall time by
+    stage. unet_rows: rows of all U-Net batches, a trained row counting 3. settings: what it was made with (the pictures by
+    their hashes), which goes into the film's metadata.
     distances_before: the distances of evenly spaced positions, before rescheduling; empty without it.
     """
 
@@ -251,17 +254,19 @@ class Morpher:
         sample: SampleConfig | None = None,
         schedule: ScheduleConfig | None = None,
         progress: ProgressCallback | None = None,
+        write: Writer | None = None,
     ) -> MorphResult:
         """Sample a prepared path at `num_frames` positions, evenly spaced by perceptual distance.
 
-        In a loop the last frame leads back to the first, which is not repeated. Raises `ConfigError` if the frames are
-        fewer than the images.
+        In a loop the last frame leads back to the first, which is not repeated. write: a function that is given the frames
+        as they are made, and the film's settings; they are then not kept in the result, so that a film of any length needs no
+        more memory than a short one. Raises `ConfigError` if the frames are fewer than the images.
         """
         sample, schedule = sample or path.sample_config, schedule or ScheduleConfig()
         _check_frames(num_frames)
         rows_before = self.backbone.unet_rows
         stream = FrameStream(path, num_frames, sample, schedule, progress)
-        frames = list(stream)
+        stream.plan()
         settings = {
             "diffmorpher": version("diffmorpher"),
             "model": self.backbone.name,
@@ -273,6 +278,11 @@ class Morpher:
             "schedule": asdict(schedule),
             "alphas": stream.positions,
         }
+        frames: list[Image.Image] = []
+        if write is None:
+            frames += stream
+        else:
+            write(stream, settings)
         return MorphResult(
             frames,
             stream.positions,
@@ -299,6 +309,7 @@ class Morpher:
         loop: bool = False,
         seed: int = 0,
         progress: ProgressCallback | None = None,
+        write: Writer | None = None,
     ) -> MorphResult:
         """Pictures to a film in one call: `prepare`, then `film`; see there for what each setting means."""
         sample = sample or self.spec.sample
@@ -322,7 +333,7 @@ class Morpher:
         ended = time.perf_counter()
         seconds["fit"] = stage_ends.get("fit", started) - started
         seconds["invert"] = ended - stage_ends.get("fit", started)
-        result = self.film(path, num_frames, sample, schedule, progress)
+        result = self.film(path, num_frames, sample, schedule, progress, write)
         result.seconds = seconds | result.seconds
         return replace(result, unet_rows=self.backbone.unet_rows - rows_before)
 

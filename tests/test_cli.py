@@ -90,7 +90,7 @@ def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
     # The fit runs in a terminal: bars, and the warning about a prompt too long in one line.
     status, shown = run_in_terminal(
         *("fit", PEAR, "-p", "pear " * 200, "-o", "loras/pear.safetensors", "--lora-steps", "2", "--lora-rank", "3"),
-        *("--lora-lr", "1e-3", "--size", "64x64", "--resize", "pad", "--seed", "7"),
+        *("--lora-lr", "1e-3", "--size", "64x64", "--resize", "pad", "--seed", "7", "--low-memory"),
         cwd=tmp_path,
     )
     assert status == 0, shown
@@ -104,7 +104,19 @@ def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
         *("morph", PEAR, ROSE, "-o", "a.webp", *SMALL, "--lora", "loras/pear.safetensors", "--lora"),
         *("loras/pear.safetensors", "--no-attention", "--no-adain", "--no-reschedule", "--fix-lora", "0.5"),
         *("--guidance", "2", "--size", "64x96", "--resize", "pad", "--loop", "--seed", "5", "--batch-size", "1"),
-        *("--attention-mode", "kv", "--lora-blend", "product", "--device", "cpu", "--dtype", "float32", "--fps", "4"),
+        *(
+            "--attention-mode",
+            "kv",
+            "--lora-blend",
+            "product",
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+            "--fps",
+            "4",
+            "--low-memory",
+        ),
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -410,7 +422,7 @@ def test_running_out_of_memory_is_explained() -> None:
         MemoryError(),
     ):
         message, status = _explain(error)
-        assert (status, "--batch-size 1" in message) == (1, True)
+        assert (status, "--low-memory" in message) == (1, True)
     assert _explain(RuntimeError("boom"))[1] == 1
 
 

@@ -27,10 +27,9 @@ def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["featur
     mode: "features" mixes what goes into `to_k` and `to_v`, `K_b = to_k((1 - a) h_left + a h_right)` with row b's own
     LoRA; "kv" mixes what comes out, `K_b = (1 - a) K_left + a K_right`, each end's made with its own LoRA; "outer"
     mixes what attention gives, see `_OuterAttention`. A LoRA bank must be attached before, so that its share is in what comes
-    out.
+    out. `rows` lies on the device where the U-Net runs (which, offloaded, need not be where its weights are now).
     """
-    device = next(unet.parameters()).device
-    left, right, alpha = rows.left.to(device), rows.right.to(device), rows.alpha.to(device, torch.float32)
+    left, right, alpha = rows.left, rows.right, rows.alpha
 
     def mix(x: Tensor) -> Tensor:  # (B, N, D)
         return lerp(x[left], x[right], alpha)

@@ -48,12 +48,14 @@ class Backbone:
 
     pipe: a diffusers pipeline with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler`; it is never changed
     outside a `with` block. Raises `ModelError` if it is of another kind.
+    low_memory: spare memory at the cost of time, see `Morpher`; what comes out is the same.
     `unet_rows` counts the rows of every U-Net batch so far; a row that is trained on (forward and backward) counts 3.
     """
 
-    def __init__(self, pipe: Any, name: str = "") -> None:
+    def __init__(self, pipe: Any, name: str = "", low_memory: bool = False) -> None:
         _check_kind(pipe)
         self.pipe = pipe
+        self.low_memory = low_memory
         self.name = name or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
         self.unet: UNet2DConditionModel = pipe.unet
         self.vae: AutoencoderKL = pipe.vae
@@ -127,6 +129,9 @@ class Backbone:
 
         pixels: (B, 3, H, W) in [-1, 1]. Returns two (B, C, h, w), float32.
         """
+        if self.low_memory and len(pixels) > 1:
+            mean, std = zip(*map(self.encode, pixels.split(1)), strict=True)
+            return torch.cat(mean), torch.cat(std)
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         scale = self.vae.config.scaling_factor
@@ -195,6 +200,19 @@ class Backbone:
             return abar.sqrt().float().to(timestep.device), (1 - abar).sqrt().float().to(timestep.device)
         abar = float(self._abar[timestep])
         return abar**0.5, (1 - abar) ** 0.5
+
+    @contextmanager
+    def trained(self) -> Iterator[None]:
+        """While open, gradients pass through the U-Net; in low memory blocks are run again on the way back."""
+        checkpoint = self.low_memory and not self.unet.is_gradient_checkpointing
+        try:
+            if checkpoint:
+                self.unet.enable_gradient_checkpointing()
+            with torch.inference_mode(False), torch.enable_grad(), self.borrowed():
+                yield
+        finally:
+            if checkpoint:
+                self.unet.disable_gradient_checkpointing()
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:

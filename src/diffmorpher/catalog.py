@@ -110,8 +110,10 @@ def check_model(model: str) -> None:
         )
 
 
-def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, ModelSpec]:
+def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload: bool = False) -> tuple[Any, ModelSpec]:
     """Load an alias, hub id, folder or .safetensors file as a diffusers pipeline.
+
+    offload: leave each network in the machine's memory while it is not at work (on a CPU this changes nothing).
 
     A single .safetensors file holds weights alone; its configuration comes from the hub's cache, or from a folder of the
     same name beside it (`model.safetensors`, `model/`), laid out as a diffusers model. Raises `ModelError`.
@@ -145,6 +147,9 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype) -> tuple
             where = f" (its configuration may lie in the folder {source.with_suffix('')})"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
+    if offload and device.type != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe, spec
     return pipe.to(device), spec
 
 

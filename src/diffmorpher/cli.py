@@ -126,6 +126,7 @@ def morph(
     model: o.Model = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    low_memory: o.LowMemory = False,
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
     as_json: o.Json = False,
@@ -172,7 +173,7 @@ def morph(
     check_loras(lora)
     from .catalog import ModelSpec
 
-    morpher = _load(model, device, dtype)
+    morpher = _load(model, device, dtype, low_memory)
     loaded = time.perf_counter()
     options = given(
         num_frames=frames,
@@ -211,6 +212,7 @@ def fit(
     model: o.Model = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    low_memory: o.LowMemory = False,
     seed: o.Seed = None,
     debug: o.Debug = False,
 ) -> None:
@@ -225,7 +227,7 @@ def fit(
     typed = given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**typed)
     picture = load_image(image)
-    morpher = _load(model, device, dtype)
+    morpher = _load(model, device, dtype, low_memory)
     from .lora_files import save_lora
 
     options = given(size=pixels, resize=resize, seed=seed)
@@ -280,7 +282,9 @@ def _begin(debug: bool) -> None:
     show_warnings(others=debug)
 
 
-def _load(model: str | None = None, device: str | None = None, dtype: str | None = None) -> Morpher:
+def _load(
+    model: str | None = None, device: str | None = None, dtype: str | None = None, low_memory: bool = False
+) -> Morpher:
     """The model, after its name, the device and the dtype have been checked, which is quicker than loading it."""
     from .catalog import check_model, choose_device, choose_dtype
 
@@ -291,7 +295,7 @@ def _load(model: str | None = None, device: str | None = None, dtype: str | None
         from .morpher import Morpher
 
         quiet_bars()
-        return Morpher.from_pretrained(**given(model=model, device=device, dtype=dtype))
+        return Morpher.from_pretrained(**given(model=model, device=device, dtype=dtype), low_memory=low_memory)
 
 
 # ---- the way in and out
@@ -336,7 +340,7 @@ def _explain(error: Exception) -> tuple[str, int]:
         return str(error), 1
     text = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(sign in text for sign in ("out of memory", "can't allocate memory")):
-        return "out of memory: try --batch-size 1, or a smaller --size.", 1
+        return "out of memory: try --low-memory, or a smaller --size.", 1
     return f"{type(error).__name__}: {text} (--debug shows where)", 1
 
 

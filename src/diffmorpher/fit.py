@@ -23,14 +23,17 @@ def fit_loras(
 
     mean, std: (K, C, h, w), the scaled VAE posterior of each image; conditioning: (K, L, D).
     Each step makes `config.draws` draws of a timestep, a noise and a posterior sample, the same for every image: so an
-    image's LoRA does not depend on which other images it is fitted with, and the same one comes from `diffmorpher fit`.
+    image's LoRA does not depend on which other images it is fitted with, and the same one comes from `diffmorpher fit`. In
+    low memory the images therefore take turns, each fitted to its end.
     """
+    images = len(mean)
+    if backbone.low_memory and images > 1:
+        return _fit_in_turn(backbone, mean, std, conditioning, config, seed, progress)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     device = mean.device
-    with torch.inference_mode(False), torch.enable_grad(), backbone.borrowed():
+    with backbone.trained():
         # Inference tensors cannot be trained on, their copies can. Rows: image 0's draws, then image 1's, ...
         mean, std, conditioning = (x.repeat_interleave(config.draws, 0) for x in (mean, std, conditioning))
-        images = len(mean) // config.draws
         bank = LoraBank.create(attention_projections(backbone.unet), images, config.rank, seed, device)
         parameters = [p.requires_grad_() for p in bank.parameters()]
         # In float16 small gradients would vanish. AdamW does not see a scale that its eps shares.
@@ -64,6 +67,28 @@ def fit_loras(
             p.requires_grad_(False)
             p.grad = None
     return bank
+
+
+def _fit_in_turn(
+    backbone: Backbone,
+    mean: Tensor,
+    std: Tensor,
+    conditioning: Tensor,
+    config: FitConfig,
+    seed: int,
+    progress: ProgressCallback | None,
+) -> LoraBank:
+    images = len(mean)
+    loras = []
+    for k in range(images):
+
+        def report(stage: str, done: int, total: int, k: int = k) -> None:
+            if progress:
+                progress(stage, k * total + done, images * total)
+
+        one = slice(k, k + 1)
+        loras.append(fit_loras(backbone, mean[one], std[one], conditioning[one], config, seed, report).lora(0))
+    return LoraBank.stack(loras, backbone.unet, [f"LoRA {k}" for k in range(images)], mean.device)
 
 
 def _timesteps(count: int, draws: int, generator: torch.Generator) -> Tensor:

@@ -36,6 +36,10 @@ class Between:
         left = p.floor().clamp(max=last - 1).long()
         return cls(left, (left + 1) % num_images, p - left)
 
+    def on(self, device: torch.device) -> Between:
+        """The same rows where a network runs, alpha in float32 (not every device has float64)."""
+        return Between(self.left.to(device), self.right.to(device), self.alpha.float().to(device))
+
     def weights(self, num_images: int) -> Tensor:
         """One weight per image and row, zero but for the two neighbours.                       # (B, K) float64"""
         rows = torch.zeros(len(self.alpha), num_images, dtype=torch.float64)

@@ -79,25 +79,34 @@ class Morpher:
 
     pipe: a diffusers Stable Diffusion 1.x or 2.x pipeline, on the device and in the dtype to be used; it is left as it
     was found. Use `Morpher.from_pretrained` to load one by name. Raises `ModelError` for another kind of pipeline.
+    low_memory: the same films in less memory and more time: images are encoded and fitted one by one, with gradient
+    checkpointing, and frames sampled two at a time. (`from_pretrained` also keeps idle networks off the GPU; for a pipeline of
+    your own, `pipe.enable_model_cpu_offload()` does.)
     """
 
-    def __init__(self, pipe: Any, *, spec: ModelSpec | None = None, name: str = "") -> None:
-        self.backbone = Backbone(pipe, name)
+    def __init__(self, pipe: Any, *, spec: ModelSpec | None = None, name: str = "", low_memory: bool = False) -> None:
+        self.backbone = Backbone(pipe, name, low_memory)
         self.spec = spec or ModelSpec("", "")
         self.load_seconds = 0.0
 
     @classmethod
     def from_pretrained(
-        cls, model: str = "mini", *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+        cls,
+        model: str = "mini",
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        low_memory: bool = False,
     ) -> Morpher:
         """Load a model: a name of the catalog ("mini" is bundled), a hub id, a folder, or a .safetensors file.
 
-        device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one. Raises `ModelError`.
+        device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one. low_memory: see the class.
+        Raises `ModelError`.
         """
         started = time.perf_counter()
         on = choose_device(device)
-        pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on))
-        morpher = cls(pipe, spec=spec, name=str(model))
+        pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on), offload=low_memory)
+        morpher = cls(pipe, spec=spec, name=str(model), low_memory=low_memory)
         morpher.load_seconds = time.perf_counter() - started
         return morpher
 

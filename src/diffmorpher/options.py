@@ -120,6 +120,10 @@ BatchSize = Annotated[
     _option("Model", "--batch-size", "Frames at once; lower it if memory runs out.", "B", _SAMPLE.batch_size),
 ]
 
+LowMemory = Annotated[
+    bool, _option("Model", "--low-memory", "The same film in less memory and more time; for GPUs of 8 GB.")
+]
+
 Host = Annotated[
     str,
     _option("Page", "--host", "Where to listen; 0.0.0.0 lets other machines in.", "H", "127.0.0.1, this machine alone"),

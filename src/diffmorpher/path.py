@@ -94,6 +94,8 @@ class MorphPath:
         """Frames per batch: enough rows to fill the device, few enough to keep memory flat."""
         if config.batch_size != "auto":
             return config.batch_size
+        if self.backbone.low_memory:
+            return 2
         cells = self.latents.shape[-1] * self.latents.shape[-2]
         on_cpu = self.latents.device.type == "cpu"  # where batches beyond what fills the caches gain nothing
         return max(4, min(64, (16 * 16 * 16 if on_cpu else 16 * 64 * 64) // cells))
@@ -130,11 +132,12 @@ class MorphPath:
         return scaled if output == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
 
     @torch.no_grad()
-    def decode(self, latents: Tensor, batch: int = 4) -> Tensor:
+    def decode(self, latents: Tensor) -> Tensor:
         """Latents to pictures (n, 3, H, W), float32, in [-1, 1], on the CPU: decoded and moved there a few at a time."""
         if not len(latents):
             width, height = (side * self.backbone.vae_factor for side in latents.shape[:1:-1])
             return torch.empty(0, 3, height, width)
+        batch = 1 if self.backbone.low_memory else 4
         with self.backbone.borrowed():
             return torch.cat([self.backbone.decode(chunk).cpu() for chunk in latents.split(batch)])
 

@@ -37,7 +37,7 @@ def denoise(
     schedule = backbone.schedule(config.steps)
     replaced = replaced_steps(config.attention_lambda, config.steps)
     z, batch = noises.float(), len(noises)
-    between = rows
+    between = rows = rows.on(z.device)
     guided = config.guidance_scale != 1
     if guided:
         assert unconditional is not None

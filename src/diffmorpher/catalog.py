@@ -118,6 +118,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
     A single .safetensors file holds weights alone; its configuration comes from the hub's cache, or from a folder of the
     same name beside it (`model.safetensors`, `model/`), laid out as a diffusers model. Raises `ModelError`.
     """
+    import torch
     from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
     check_model(model)
@@ -147,6 +148,9 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
             where = f" (its configuration may lie in the folder {source.with_suffix('')})"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
+    for part in ("unet", "vae"):  # convolutions are quicker so: benchmarks/README.md
+        if hasattr(pipe, part):  # other kinds of pipelines are refused later
+            getattr(pipe, part).to(memory_format=torch.channels_last)
     if offload and device.type != "cpu":
         pipe.enable_model_cpu_offload(device=device)
         return pipe, spec

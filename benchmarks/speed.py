@@ -243,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round float32 products to TF32")
+    parser.add_argument("--low-memory", action="store_true", help="as 'diffmorpher morph --low-memory'")
     parser.add_argument("--frames", type=int, default=16)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", help="schemes whose name has this in it")
@@ -254,15 +255,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         device = choose_device(given.device)
         dtype = choose_dtype(given.dtype, device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = given.tf32
         quiet_libraries()
         quiet_bars()
         if given.random_weights:
             morpher = Morpher(
-                random_pipeline(given.random_weights, device, dtype), name=f"random {given.random_weights}"
+                random_pipeline(given.random_weights, device, dtype),
+                name=f"random {given.random_weights}",
+                low_memory=given.low_memory,
+                tf32=given.tf32,
             )
         else:
-            morpher = Morpher.from_pretrained(given.model, device=device, dtype=dtype)
+            morpher = Morpher.from_pretrained(
+                given.model, device=device, dtype=dtype, low_memory=given.low_memory, tf32=given.tf32
+            )
         work, peak = tflop(morpher), peak_tflops(device, dtype)
         console.print(machine(device), highlight=False)
         console.print(

@@ -292,3 +292,17 @@ def test_model_offload_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_brings_torchvision_in() -> None:
     Morpher(tiny_pipeline())(PICTURES, "noise", **QUICK)
     assert not {"torchvision", "stlpips_pytorch", "lpips"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_used_only_when_asked_for(tf32: bool) -> None:
+    """torch rounds float32 convolutions on a GPU to TF32 unless told not to; what was set is set again afterwards."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    assert before == [False, True]
+    morpher, seen = Morpher(tiny_pipeline(), tf32=tf32), set()
+    for part in (morpher.pipe.unet, morpher.pipe.vae.decoder):
+        part.register_forward_hook(lambda *_: seen.add(tuple(place.allow_tf32 for place in places)))
+    morpher(PICTURES, "noise", **QUICK)
+    assert seen == {(tf32, tf32)}
+    assert [place.allow_tf32 for place in places] == before

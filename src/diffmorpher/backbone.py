@@ -48,14 +48,15 @@ class Backbone:
 
     pipe: a diffusers pipeline with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler`; it is never changed
     outside a `with` block. Raises `ModelError` if it is of another kind.
-    low_memory: spare memory at the cost of time, see `Morpher`; what comes out is the same.
+    low_memory: spare memory at the cost of time, see `Morpher`; what comes out is the same. tf32: on a GPU, let float32
+    products be rounded to TF32, which is faster.
     `unet_rows` counts the rows of every U-Net batch so far; a row that is trained on (forward and backward) counts 3.
     """
 
-    def __init__(self, pipe: Any, name: str = "", low_memory: bool = False) -> None:
+    def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
         _check_kind(pipe)
         self.pipe = pipe
-        self.low_memory = low_memory
+        self.low_memory, self.tf32 = low_memory, tf32
         self.name = name or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
         self.unet: UNet2DConditionModel = pipe.unet
         self.vae: AutoencoderKL = pipe.vae
@@ -226,12 +227,27 @@ class Backbone:
                 m.training = False
             for p in parameters:
                 p.requires_grad_(False)
-            yield
+            with float32_products(self.tf32):
+                yield
         finally:
             for m, was in zip(modules, training, strict=True):
                 m.training = was
             for p, was in zip(parameters, trainable, strict=True):
                 p.requires_grad_(was)
+
+
+@contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """While open, float32 products on a GPU are rounded to TF32 or not; torch's own default is to do so in convolutions."""
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    try:
+        for place in places:
+            place.allow_tf32 = tf32
+        yield
+    finally:
+        for place, was in zip(places, before, strict=True):
+            place.allow_tf32 = was
 
 
 def _check_kind(pipe: Any) -> None:

@@ -127,6 +127,7 @@ def morph(
     device: o.Device = None,
     dtype: o.Dtype = None,
     low_memory: o.LowMemory = False,
+    tf32: o.Tf32 = False,
     batch_size: o.BatchSize = None,
     seed: o.Seed = None,
     as_json: o.Json = False,
@@ -173,7 +174,7 @@ def morph(
     check_loras(lora)
     from .catalog import ModelSpec
 
-    morpher = _load(model, device, dtype, low_memory)
+    morpher = _load(model, device, dtype, low_memory, tf32)
     loaded = time.perf_counter()
     options = given(
         num_frames=frames,
@@ -213,6 +214,7 @@ def fit(
     device: o.Device = None,
     dtype: o.Dtype = None,
     low_memory: o.LowMemory = False,
+    tf32: o.Tf32 = False,
     seed: o.Seed = None,
     debug: o.Debug = False,
 ) -> None:
@@ -227,7 +229,7 @@ def fit(
     typed = given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
     FitConfig(**typed)
     picture = load_image(image)
-    morpher = _load(model, device, dtype, low_memory)
+    morpher = _load(model, device, dtype, low_memory, tf32)
     from .lora_files import save_lora
 
     options = given(size=pixels, resize=resize, seed=seed)
@@ -283,7 +285,11 @@ def _begin(debug: bool) -> None:
 
 
 def _load(
-    model: str | None = None, device: str | None = None, dtype: str | None = None, low_memory: bool = False
+    model: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    low_memory: bool = False,
+    tf32: bool = False,
 ) -> Morpher:
     """The model, after its name, the device and the dtype have been checked, which is quicker than loading it."""
     from .catalog import check_model, choose_device, choose_dtype
@@ -295,7 +301,9 @@ def _load(
         from .morpher import Morpher
 
         quiet_bars()
-        return Morpher.from_pretrained(**given(model=model, device=device, dtype=dtype), low_memory=low_memory)
+        return Morpher.from_pretrained(
+            **given(model=model, device=device, dtype=dtype), low_memory=low_memory, tf32=tf32
+        )
 
 
 # ---- the way in and out

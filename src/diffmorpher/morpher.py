@@ -82,10 +82,13 @@ class Morpher:
     low_memory: the same films in less memory and more time: images are encoded and fitted one by one, with gradient
     checkpointing, and frames sampled two at a time. (`from_pretrained` also keeps idle networks off the GPU; for a pipeline of
     your own, `pipe.enable_model_cpu_offload()` does.)
+    tf32: on a GPU, let float32 products be rounded to TF32: faster, less exact.
     """
 
-    def __init__(self, pipe: Any, *, spec: ModelSpec | None = None, name: str = "", low_memory: bool = False) -> None:
-        self.backbone = Backbone(pipe, name, low_memory)
+    def __init__(
+        self, pipe: Any, *, spec: ModelSpec | None = None, name: str = "", low_memory: bool = False, tf32: bool = False
+    ) -> None:
+        self.backbone = Backbone(pipe, name, low_memory, tf32)
         self.spec = spec or ModelSpec("", "")
         self.load_seconds = 0.0
 
@@ -97,16 +100,17 @@ class Morpher:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         low_memory: bool = False,
+        tf32: bool = False,
     ) -> Morpher:
         """Load a model: a name of the catalog ("mini" is bundled), a hub id, a folder, or a .safetensors file.
 
-        device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one. low_memory: see the class.
-        Raises `ModelError`.
+        device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one. low_memory, tf32: as in the
+        class. Raises `ModelError`.
         """
         started = time.perf_counter()
         on = choose_device(device)
         pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on), offload=low_memory)
-        morpher = cls(pipe, spec=spec, name=str(model), low_memory=low_memory)
+        morpher = cls(pipe, spec=spec, name=str(model), low_memory=low_memory, tf32=tf32)
         morpher.load_seconds = time.perf_counter() - started
         return morpher
 

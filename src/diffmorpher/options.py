@@ -123,6 +123,7 @@ BatchSize = Annotated[
 LowMemory = Annotated[
     bool, _option("Model", "--low-memory", "The same film in less memory and more time; for GPUs of 8 GB.")
 ]
+Tf32 = Annotated[bool, _option("Model", "--tf32", "Let a GPU round float32 products to TF32: faster, less exact.")]
 
 Host = Annotated[
     str,

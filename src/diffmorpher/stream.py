@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .backbone import float32_products
 from .config import ProgressCallback, SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError
 from .path import MorphPath, to_bytes, to_picture
@@ -161,7 +162,7 @@ class FrameStream:
 
     def _distance(self, p: float, q: float, a: Tensor, b: Tensor) -> float:
         if (p, q) not in self._known:
-            with torch.inference_mode():
+            with torch.inference_mode(), float32_products(tf32=False):
                 both = torch.stack([a, b]).to(self._measure.shift.device).float() / 127.5 - 1
                 self._known[p, q] = float(self._measure.consecutive(both)[0])
         return self._known[p, q]

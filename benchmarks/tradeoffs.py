@@ -1,0 +1,136 @@
+"""What fewer U-Net rows cost: fits, steps and schedules, one change at a time, over held-out pairs of the bundled model.
+
+    python benchmarks/tradeoffs.py --pairs 6 --json tradeoffs.json
+
+Every line is the mean over the pairs. "lost" is what the ends lose without `exact_ends`: the perceptual distance of the first
+and last frame from the pictures that the autoencoder alone gives back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from diffmorpher import FitConfig, Morpher, SampleConfig, ScheduleConfig
+from diffmorpher.catalog import CATALOG
+from diffmorpher.evaluation.datasets import Pair, load_dataset
+from diffmorpher.evaluation.metrics import figures
+from diffmorpher.media import fit_image, load_image
+from diffmorpher.path import to_pixels
+from diffmorpher.perceptual import perceptual_distance
+from diffmorpher.progress import StageBars, quiet_bars, quiet_libraries
+
+FRAMES = 16
+FIGURES = ("ppl", "pdv", "end_distance", "end_psnr", "roughness")
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    fit: FitConfig
+    sample: SampleConfig
+    schedule: ScheduleConfig
+
+
+PAPER_FIT, FAST_FIT = FitConfig(), CATALOG["mini"].fit
+FAST, PAPER = CATALOG["mini"].sample, SampleConfig()
+INSERT, TWO_PASS = ScheduleConfig(), ScheduleConfig(method="two-pass")
+
+
+def variants() -> list[Variant]:
+    """The paper's settings, the bundled model's, and between them what was tried."""
+    fits = [
+        FitConfig(steps=100, learning_rate=4e-4, decay=True),
+        FitConfig(steps=50, draws=2, learning_rate=1e-3, decay=True),
+        FitConfig(steps=23, draws=4, learning_rate=1e-3, decay=True),
+        FitConfig(steps=23, draws=4, learning_rate=4e-3),
+        FitConfig(steps=12, draws=8, learning_rate=6e-3, decay=True),
+        FitConfig(steps=46, draws=1, learning_rate=2e-3, decay=True),
+    ]
+    return [
+        Variant("paper", PAPER_FIT, PAPER, TWO_PASS),
+        Variant("insert", PAPER_FIT, PAPER, INSERT),
+        *(Variant(f"insert, {rounds} rounds", PAPER_FIT, PAPER, ScheduleConfig(rounds=rounds)) for rounds in (1, 2, 4)),
+        Variant("insert, exact ends", PAPER_FIT, replace(PAPER, exact_ends=True), INSERT),
+        *(Variant(f"{steps} steps", PAPER_FIT, replace(PAPER, steps=steps), INSERT) for steps in (25, 12)),
+        *(Variant(f"{steps} steps, exact", FAST_FIT, replace(FAST, steps=steps), INSERT) for steps in (50, 12, 8)),
+        *(Variant(describe(fit), fit, FAST, INSERT) for fit in fits),
+        Variant("the bundled model's", FAST_FIT, FAST, INSERT),
+    ]
+
+
+def describe(fit: FitConfig) -> str:
+    return f"fit {fit.steps} x {fit.draws}, {fit.learning_rate:g}{' to 0' if fit.decay else ''}"
+
+
+def run(morpher: Morpher, pair: Pair, variant: Variant, loras: dict[FitConfig, Any]) -> dict[str, float]:
+    """The figures of one pair's film, and its U-Net rows."""
+    images = [fit_image(load_image(image), morpher.working_size()) for image in pair.images]
+    fit, rows = variant.fit, morpher.backbone.unet_rows
+    if fit not in loras:
+        loras[fit] = morpher.fit_all(images, pair.prompts, fit)
+        rows = morpher.backbone.unet_rows
+    path = morpher.prepare(images, pair.prompts, loras[fit], steps=variant.sample.steps)
+    film = morpher.film(path, FRAMES, variant.sample, variant.schedule)
+    rows = morpher.backbone.unet_rows - rows + len(images) * 3 * fit.steps * fit.draws
+    distance = perceptual_distance(str(morpher.backbone.device))
+    made = figures(to_pixels(film.frames), to_pixels([images[0], images[-1]]), distance)
+    ends = path.sample([0, path.num_images - 1], replace(variant.sample, exact_ends=False), output="pt") * 2 - 1
+    with torch.inference_mode():
+        lost = distance(ends, path.decode(path.latents)).mean().item()
+    return {"rows": rows, "lost": lost} | {name: made[name] for name in FIGURES}
+
+
+def table_of(results: dict[str, list[dict[str, float]]]) -> Table:
+    table = Table(title=f"{FRAMES} frames, means of {len(next(iter(results.values())))} pairs")
+    for column in ("variant", "rows", "PPL", "PDV e-4", "end distance", "end dB", "lost", "roughness"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for name, runs in results.items():
+        mean = {key: sum(r[key] for r in runs) / len(runs) for key in runs[0]}
+        table.add_row(
+            name,
+            f"{mean['rows']:,.0f}",
+            f"{mean['ppl']:.3f}",
+            f"{mean['pdv'] * 1e4:.2f}",
+            f"{mean['end_distance']:.4f}",
+            f"{mean['end_psnr']:.1f}",
+            f"{mean['lost']:.4f}",
+            f"{mean['roughness']:.2f}",
+        )
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--only", help="variants whose name has this in it")
+    parser.add_argument("--json", type=Path, help="also write every pair's figures to this file")
+    given = parser.parse_args(arguments)
+    quiet_libraries()
+    quiet_bars()
+    morpher = Morpher.from_pretrained("mini")
+    chosen = [v for v in variants() if given.only is None or given.only in v.name]
+    pairs = load_dataset("mini").take(given.pairs)
+    results: dict[str, list[dict[str, float]]] = {v.name: [] for v in chosen}
+    with StageBars() as bars:
+        for i, pair in enumerate(pairs):
+            loras: dict[FitConfig, Any] = {}
+            for j, variant in enumerate(chosen):
+                bars("runs", i * len(chosen) + j, len(pairs) * len(chosen))
+                results[variant.name].append(run(morpher, pair, variant, loras))
+                if given.json:
+                    given.json.write_text(json.dumps(results, indent=2) + "\n")
+        bars("runs", len(pairs) * len(chosen), len(pairs) * len(chosen))
+    Console(width=120).print(table_of(results))
+
+
+if __name__ == "__main__":
+    main()

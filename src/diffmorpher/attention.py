@@ -40,16 +40,12 @@ def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["featur
     def mix_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return mix(output)
 
-    handles: list[Any] = []
-    processors: dict[Any, Any] = {}
-    try:
-        if mode == "outer":
-            for name, module in unet.named_modules():
-                if name.startswith("up_blocks.") and name.endswith(".attn1"):
-                    processors[module] = module.processor
-                    module.set_processor(_OuterAttention(left, right, alpha))
+    if mode == "outer":
+        with self_attention(unet, _OuterAttention(left, right, alpha), "up_blocks."):
             yield
-            return
+        return
+    handles: list[Any] = []
+    try:
         for name, module in unet.named_modules():
             if name.startswith("up_blocks.") and name.endswith((".attn1.to_k", ".attn1.to_v")):
                 if mode == "features":
@@ -60,8 +56,35 @@ def interpolated_attention(unet: nn.Module, rows: Between, mode: Literal["featur
     finally:
         for handle in handles:
             handle.remove()
-        for module, processor in processors.items():
-            module.set_processor(processor)
+
+
+@contextmanager
+def self_attention(unet: nn.Module, processor: Any, within: str = "") -> Iterator[None]:
+    """While open, the self-attention layers whose path starts with `within` work by a diffusers attention processor."""
+    before: dict[Any, Any] = {}
+    try:
+        for name, module in unet.named_modules():
+            if name.startswith(within) and name.endswith(".attn1"):
+                before[module] = module.processor
+                module.set_processor(processor)
+        yield
+    finally:
+        for module, was in before.items():
+            module.set_processor(was)
+
+
+def project(attn: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of an attention layer, each (B, heads, N, D / heads), from its input (B, N, D)."""
+    q, k, v = (
+        layer(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        for layer in (attn.to_q, attn.to_k, attn.to_v)
+    )
+    return q, k, v
+
+
+def project_out(attn: Any, heads: Tensor) -> Tensor:
+    """What an attention layer gives back, (B, N, D), from its heads (B, heads, N, D / heads)."""
+    return attn.to_out[1](attn.to_out[0](heads.transpose(1, 2).flatten(2)))
 
 
 class _OuterAttention:
@@ -75,13 +98,9 @@ class _OuterAttention:
         self.left, self.right, self.alpha = left, right, alpha
 
     def __call__(self, attn: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:  # (B, N, D) -> (B, N, D)
-        q, k, v = (
-            project(hidden_states).unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
-            for project in (attn.to_q, attn.to_k, attn.to_v)
-        )
+        q, k, v = project(attn, hidden_states)
 
         def with_end(end: Tensor) -> Tensor:
             return scaled_dot_product_attention(q, torch.cat([k, k[end]], dim=2), torch.cat([v, v[end]], dim=2))
 
-        mixed = lerp(with_end(self.left), with_end(self.right), self.alpha)
-        return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        return project_out(attn, lerp(with_end(self.left), with_end(self.right), self.alpha))

@@ -17,6 +17,7 @@ from ..media import fit_image, load_image
 from ..morpher import Morpher
 from ..path import MorphPath, to_pixels
 from ..schedule import uniform_positions
+from .freemorph import GUIDANCE, freemorph
 from .lora_cache import cached_loras
 from .warp import dissolve, warp
 
@@ -132,6 +133,27 @@ def _diffusion(lora: bool, even: bool, insert: bool = False, recommended: bool =
     return run
 
 
+def _freemorph(guidance: float) -> Run:
+    def run(
+        morpher: Morpher,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        count: int,
+        seed: int,
+        effort: Effort,
+        progress: ProgressCallback | None,
+    ) -> Frames:
+        if len(images) != 2:
+            raise ConfigError(f"freemorph is for two images, not {len(images)}.")
+        started, backbone = time.perf_counter(), morpher.backbone
+        before = backbone.unet_rows
+        pixels, alphas = freemorph(backbone, images, prompts, count, seed, effort.steps, guidance, progress)
+        seconds = {"prepare": 0.0, "frames": time.perf_counter() - started}
+        return Frames(_rounded(pixels), alphas, backbone.unet_rows - before, seconds)
+
+    return run
+
+
 #: The path made last, and what it was made of: a pair's methods come one after the other, and most share it.
 _last: list[tuple[Any, MorphPath]] = []
 
@@ -161,6 +183,8 @@ METHODS: dict[str, Method] = {
     "dissolve": Method("pixels cross-faded", _pixels_alone(dissolve)),
     "warp": Method("pixels warped along the optical flow and blended", _pixels_alone(warp)),
     "preview": Method("no LoRA, outer attention, no rescheduling", _diffusion(False, False, attention_mode="outer")),
+    "freemorph": Method("FreeMorph, after its paper (arXiv 2507.01953)", _freemorph(GUIDANCE)),
+    "freemorph-unguided": Method("FreeMorph without classifier-free guidance, as all others are", _freemorph(1.0)),
     "ddim": Method("inversion and slerp alone", _diffusion(False, False, **_PLAIN)),
     "lora": Method("+ LoRA interpolation", _diffusion(True, False, **_PLAIN)),
     "lora+attention": Method("+ attention interpolation", _diffusion(True, False, adain=False)),
@@ -178,7 +202,7 @@ METHODS: dict[str, Method] = {
 
 PRESETS: dict[str, list[str]] = {
     "ablation": ["ddim", "lora", "lora+attention", "lora+attention+adain", "diffmorpher"],
-    "free": ["dissolve", "warp", "preview"],
+    "free": ["dissolve", "warp", "preview", "freemorph", "freemorph-unguided"],
     "modes": ["diffmorpher", "diffmorpher-kv", "diffmorpher-product"],
     "speed": ["diffmorpher", "diffmorpher-insert", "diffmorpher-fast"],
     "lambda": [name for name in METHODS if name.startswith("lambda-")],

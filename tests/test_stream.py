@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from conftest import tiny_pipeline
@@ -19,7 +21,7 @@ from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig, ScheduleCon
 from diffmorpher.catalog import CATALOG
 from diffmorpher.errors import Cancelled, ConfigError
 from diffmorpher.film import save_film
-from diffmorpher.schedule import gaps_of_rounds, insert_positions
+from diffmorpher.schedule import gaps_of_rounds, insert_positions, most_even
 from diffmorpher.stream import FrameStream
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
@@ -48,13 +50,40 @@ def test_frames_go_one_by_one_where_the_parts_are_longest() -> None:
     assert insert_positions([0, 1, 2], [1, 1], 0) == []
 
 
-def test_rounds_grow_evenly_to_a_limit_and_the_rest_comes_at_once() -> None:
-    assert gaps_of_rounds(15, 1, rounds=3, most=60) == [5, 10, 15]
-    assert gaps_of_rounds(15, 1, rounds=1, most=60) == [15]
-    assert gaps_of_rounds(999, 1, rounds=3, most=60) == [20, 40, 60, 999]
-    assert gaps_of_rounds(7, 6, rounds=3, most=60) == [6, 7]  # each image is a frame
-    assert gaps_of_rounds(2, 1, rounds=3, most=60) == [1, 2]
-    assert gaps_of_rounds(100, 80, rounds=3, most=60) == [80, 100]
+def test_rounds_grow_evenly() -> None:
+    assert gaps_of_rounds(15, 1, rounds=3) == [5, 10, 15]
+    assert gaps_of_rounds(17, 1, rounds=2) == [9, 17]
+    assert gaps_of_rounds(15, 1, rounds=1) == [15]
+    assert gaps_of_rounds(7, 6, rounds=3) == [6, 7]  # each image is a frame
+    assert gaps_of_rounds(2, 1, rounds=3) == [1, 2]
+
+
+@given(
+    st.lists(st.floats(0, 10), min_size=3, max_size=9),
+    st.integers(0, 3),
+    st.sets(st.integers(1, 8), max_size=3),
+)
+def test_the_most_even_are_kept(heights: list[float], spare: int, stops: set[int]) -> None:
+    """Against all ways to leave so many out."""
+    last = len(heights) - 1
+    stops = {i for i in stops if i < last}
+    spare = min(spare, last - 1 - len(stops))
+    if spare < 0:
+        return
+
+    def gap(i: int, j: int) -> float:
+        return abs(heights[j] - heights[i]) + 0.1 * (j - i) ** 2  # as LPIPS, no metric
+
+    near = [[gap(i, j) for j in range(i + 1, min(last, i + 1 + spare) + 1)] for i in range(last)]
+    kept = most_even(near, last - spare, stops)
+    assert len(kept) == last + 1 - spare and kept[0] == 0 and kept[-1] == last and stops <= set(kept)
+
+    def cost(nodes: Sequence[int]) -> float:
+        return sum(gap(i, j) ** 2 for i, j in pairwise(nodes))
+
+    inner = [i for i in range(1, last) if i not in stops]
+    ways = [sorted({*range(last + 1)} - set(left)) for left in combinations(inner, spare)]
+    assert cost(kept) == pytest.approx(min(map(cost, ways)))
 
 
 @pytest.mark.parametrize("loop", [False, True])
@@ -65,8 +94,11 @@ def test_an_inserted_film_is_that_of_its_positions(morpher: Morpher, path: Morph
 
     round_trip = replace(path, loop=loop)
     sample = SampleConfig(steps=STEPS)
-    result = morpher.film(round_trip, 9, sample, ScheduleConfig(most=most))
-    assert len(result.alphas) == len(result.frames) == 9 and all(a < b for a, b in pairwise(result.alphas))
+    before = morpher.backbone.unet_rows
+    result = morpher.film(round_trip, 17, sample, ScheduleConfig(most=most))
+    if most == 60:  # two more than asked for are made, and left out
+        assert morpher.backbone.unet_rows - before >= (17 + 2) * STEPS
+    assert len(result.alphas) == len(result.frames) == 17 and all(a < b for a, b in pairwise(result.alphas))
     assert {0.0, 1.0, 2.0} <= set(result.alphas) and max(result.alphas) < (3 if loop else 2.1)
     plain = round_trip.sample(result.alphas, sample)
     for ours, expected in zip(result.frames, plain, strict=True):
@@ -98,7 +130,7 @@ def test_a_jump_gets_its_frames(morpher: Morpher, path: MorphPath, monkeypatch: 
     assert widest["insert"] < 0.7 * widest["two-pass"]
 
 
-@pytest.mark.parametrize("bad", [{"method": "best"}, {"rounds": 0}, {"most": 1.5}])
+@pytest.mark.parametrize("bad", [{"method": "best"}, {"rounds": 0}, {"spare": -1}, {"most": 1.5}])
 def test_a_bad_schedule_is_named(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         ScheduleConfig(**bad)

@@ -150,15 +150,18 @@ class ScheduleConfig:
 
     method: "insert" adds frames in rounds, each where the gaps are widest, and samples every frame once; "two-pass" is the
         paper's: all frames evenly in alpha first, then all of them again.
-    rounds: of the insertion. most: gaps settled by them; the rest of a longer film is spread over these.
+    rounds: of the insertion. spare: frames made beyond those asked for, so that those that fit worst can be left out (fewer in
+        films of less than 7 times as many). most: gaps settled so; the rest of a longer film is spread over these.
     """
 
     enabled: bool = True
     method: Literal["insert", "two-pass"] = "insert"
-    rounds: int = 3
+    rounds: int = 2
+    spare: int = 2
     most: int = 60
 
     def __post_init__(self) -> None:
         _require(self.method in ("insert", "two-pass"), "schedule", self.method, '"insert" or "two-pass"')
         _require(_is_int(self.rounds) and self.rounds >= 1, "rounds", self.rounds, "a whole number of at least 1")
+        _require(_is_int(self.spare) and self.spare >= 0, "spare", self.spare, "a whole number of at least 0")
         _require(_is_int(self.most) and self.most >= 1, "most", self.most, "a whole number of at least 1")

@@ -90,7 +90,7 @@ class PerceptualDistance(torch.nn.Module):
         """
         if a.shape != b.shape:
             raise ValueError(f"both batches of images must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
-        return self._compare(self.features(a), self.features(b))
+        return self.compare(self.features(a), self.features(b))
 
     @torch.inference_mode()
     def consecutive(self, images: Tensor, chunk_size: int = 1) -> Tensor:
@@ -108,8 +108,8 @@ class PerceptualDistance(torch.nn.Module):
         for chunk in torch.split(images, chunk_size):
             maps = self.features(chunk)
             if last:
-                distances.append(self._compare(last, [m[:1] for m in maps]))
-            distances.append(self._compare([m[:-1] for m in maps], [m[1:] for m in maps]))
+                distances.append(self.compare(last, [m[:1] for m in maps]))
+            distances.append(self.compare([m[:-1] for m in maps], [m[1:] for m in maps]))
             last = [m[-1:].clone() for m in maps]  # a view would hold the whole chunk in memory
         return torch.cat(distances)
 
@@ -119,8 +119,9 @@ class PerceptualDistance(torch.nn.Module):
     def _pool(self, maps: Tensor) -> Tensor:
         return _blur(functional.max_pool2d(maps, kernel_size=3, stride=1), self.blur_kernel)
 
-    def _compare(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
-        """Sum over the layers of the spatial mean of the channel-weighted squared difference."""
+    def compare(self, a: list[Tensor], b: list[Tensor]) -> Tensor:
+        """The distances, float32 (B,), of images given by their `features`: summed over the layers, the spatial mean of the
+        channel-weighted squared difference."""
         layers = zip(a, b, self.channel_weights, strict=True)
         # A product and a sum, not a matrix product, which autocast would run in half precision.
         distances = [((x - y).square().mean(dim=(2, 3)) * weights).sum(dim=1) for x, y, weights in layers]  # (B,) each

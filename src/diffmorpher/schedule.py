@@ -7,7 +7,8 @@ stretch leads back to image 0, and the frame that would repeat it is left out, s
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -82,11 +83,33 @@ def even_positions(
     return new if loop else [*new, float(stretches)]
 
 
-def gaps_of_rounds(gaps: int, stretches: int, rounds: int, most: int) -> list[int]:
-    """How many gaps there are after each round of insertion: growing evenly up to `most`, then all that are left at once."""
-    placed = min(gaps, max(most, stretches))
-    grown = [max(stretches, -(-placed * i // rounds)) for i in range(1, rounds + 1)]
-    return [*dict.fromkeys([*grown, gaps])]
+def gaps_of_rounds(gaps: int, stretches: int, rounds: int) -> list[int]:
+    """How many gaps there are after each round of insertion: growing evenly, each stretch having one at least."""
+    return [*dict.fromkeys(max(stretches, -(-gaps * i // rounds)) for i in range(1, rounds + 1))]
+
+
+def most_even(near: Sequence[Sequence[float]], num: int, stops: Collection[int] = ()) -> list[int]:
+    """Which of n positions to keep so that the `num` gaps between them are most even: least in the sum of their squares.
+
+    near[i][s]: the distance from position i to position i + 1 + s, for every s up to the n - 1 - num that are left out. The
+    first and the last are kept, and those named in `stops`. Shortest paths, by dynamic programming.
+    """
+    last, spare = len(near), len(near) - num
+    # best[j][k]: least sum on the way to position j with k left out, and the position before it.
+    best: list[list[tuple[float, int]]] = [[(math.inf, -1)] * (spare + 1) for _ in range(last + 1)]
+    best[0][0] = (0.0, -1)
+    for j in range(1, last + 1):
+        for i in range(j - 1, max(-1, j - 2 - spare), -1):
+            for k in range(j - i - 1, spare + 1):
+                best[j][k] = min(best[j][k], (best[i][k - (j - i - 1)][0] + near[i][j - i - 1] ** 2, i))
+            if i in stops:
+                break  # which no gap may step over
+    kept, k = [last], spare
+    while kept[-1]:
+        before = best[kept[-1]][k][1]
+        k -= kept[-1] - before - 1
+        kept.append(before)
+    return kept[::-1]
 
 
 def insert_positions(positions: Sequence[float], distances: Sequence[float], num: int) -> list[float]:

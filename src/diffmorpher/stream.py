@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 
 import torch
 from PIL import Image
@@ -19,7 +18,7 @@ from .config import ProgressCallback, SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError
 from .path import MorphPath, to_bytes, to_picture
 from .perceptual import perceptual_distance
-from .schedule import even_positions, gaps_of_rounds, insert_positions, uniform_positions
+from .schedule import even_positions, gaps_of_rounds, insert_positions, most_even, uniform_positions
 
 
 class FrameStream:
@@ -48,6 +47,7 @@ class FrameStream:
         self._end = path.num_images if path.loop else path.num_images - 1
         self._made: dict[float, Tensor] = {}  # (3, H, W) uint8, of frames that the schedule looked at and that stay
         self._known: dict[tuple[float, float], float] = {}  # the distance between two positions
+        self._maps: dict[float, list[Tensor]] = {}  # the perceptual features of the few frames that are being compared
         self._measure = perceptual_distance(str(path.backbone.device))
 
     def plan(self) -> list[float]:
@@ -80,39 +80,53 @@ class FrameStream:
     # ---- insertion
 
     def _insert(self) -> None:
-        """Rounds of frames, each put where the widest gaps of those before it are, until `schedule.most` are placed.
+        """Rounds of frames, each put where the widest gaps of those before it are; of some more than needed the best stay.
 
-        What a gap measures once it is split shows only then: it is more than its share wherever the film jumps.
+        What a gap measures once it is split shows only then: it is more than its share wherever the film jumps. Frames of
+        a long film beyond `schedule.most` are placed without being looked at, and made as they are asked for.
         """
-        stretches = self._end
         gaps = self.num_frames if self.path.loop else self.num_frames - 1
-        first, *others = gaps_of_rounds(gaps, stretches, self.schedule.rounds, self.schedule.most)
+        spare = min(self.schedule.spare, (gaps - self._end) // 7) if gaps <= self.schedule.most else 0
+        settled = min(gaps, max(self.schedule.most, self._end)) + spare
+        first, *others = gaps_of_rounds(settled, self._end, self.schedule.rounds)
         positions = uniform_positions(first if self.path.loop else first + 1, self.path.num_images, self.path.loop)
         self._make(positions)
         for wanted in others:
-            closed = self._closed(positions)
-            if wanted > self.schedule.most:  # the rest of a long film: placed at once, made as it is asked for
-                positions = sorted(
-                    [*positions, *insert_positions(closed, self._gaps(closed), wanted - len(closed) + 1)]
-                )
-                break
-            new = insert_positions(closed, self._gaps(closed), wanted - len(closed) + 1)
+            new = self._widest(positions, wanted)
             self._make(new)
             positions = sorted([*positions, *new])
-        self.positions = positions
+        if spare:
+            closed = self._closed(positions)
+            stops = {i for i, position in enumerate(closed) if position == int(position)}
+            kept = most_even(self._near(closed, spare + 1), gaps, stops)
+            positions = [closed[i] for i in kept[: self.num_frames]]
+            self._made = {position: self._made[position] for position in positions}
+        self.positions = sorted([*positions, *self._widest(positions, gaps)])
 
     def _make(self, positions: Sequence[float]) -> None:
         self._made |= dict(zip(positions, self._sampled(positions, "sample"), strict=True))
 
+    def _widest(self, positions: Sequence[float], gaps: int) -> list[float]:
+        """Where to put new frames so that there are so many gaps."""
+        closed = self._closed(positions)
+        if gaps == len(closed) - 1:
+            return []
+        return insert_positions(closed, [d for d, *_ in self._near(closed)], gaps - len(closed) + 1)
+
     def _closed(self, positions: Sequence[float]) -> list[float]:
         return [*positions, float(self._end)] if self.path.loop else list(positions)
 
-    def _gaps(self, closed: Sequence[float]) -> list[float]:
+    def _near(self, closed: Sequence[float], reach: int = 1) -> list[list[float]]:
+        """The distances from each position but the last to the `reach` after it, as far as there are so many."""
         with _timed(self.seconds, "schedule"):
-            return [
-                self._distance(p, q, self._made[p], self._made[q if q in self._made else 0.0])
-                for p, q in pairwise(closed)
-            ]
+            pictures = [self._made[p if p in self._made else 0.0] for p in closed]  # a loop ends on its first frame
+            near: list[list[float]] = [[] for _ in closed[1:]]
+            for j in range(1, len(closed)):
+                for i in range(max(0, j - reach), j):
+                    near[i].append(self._distance(closed[i], closed[j], pictures[i], pictures[j]))
+                self._maps = {p: self._maps[p] for p in closed[max(0, j + 1 - reach) : j + 1] if p in self._maps}
+            self._maps.clear()
+            return near
 
     # ---- frames
 
@@ -134,6 +148,7 @@ class FrameStream:
                 first = picture if first is None else first
                 if last is not None:
                     distances.append(self._distance(last[0], position, last[1], picture))
+                    self._maps.pop(last[0], None)
                 last = position, picture
                 yield picture
             start = stop
@@ -161,10 +176,14 @@ class FrameStream:
             return list(to_bytes(pixels))
 
     def _distance(self, p: float, q: float, a: Tensor, b: Tensor) -> float:
+        """Between the frames a, b at p, q: each looked at once while it is among the last few."""
         if (p, q) not in self._known:
             with torch.inference_mode(), float32_products(tf32=False):
-                both = torch.stack([a, b]).to(self._measure.shift.device).float() / 127.5 - 1
-                self._known[p, q] = float(self._measure.consecutive(both)[0])
+                for position, picture in ((p, a), (q, b)):
+                    if position not in self._maps:
+                        pixels = picture[None].to(self._measure.shift.device).float() / 127.5 - 1
+                        self._maps[position] = self._measure.features(pixels)
+                self._known[p, q] = float(self._measure.compare(self._maps[p], self._maps[q])[0])
         return self._known[p, q]
 
 

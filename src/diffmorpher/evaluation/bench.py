@@ -26,6 +26,7 @@ from ..media import fit_image, load_image
 from ..morpher import Morpher
 from ..path import to_pil, to_pixels
 from ..perceptual import perceptual_distance
+from ..progress import quiet_bars
 from .datasets import Pair
 from .methods import Effort, clear_paths, resolve_methods, run_method
 from .metrics import figures, perceptual_features
@@ -253,6 +254,7 @@ _worker: Worker | None = None
 
 def _start(settings: Settings, out: Path, jobs: int, numbers: Any) -> None:
     global _worker
+    quiet_bars()  # of every process's own loading
     number = numbers.get()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
     gpus = torch.cuda.device_count()

@@ -136,6 +136,17 @@ def test_a_bad_schedule_is_named(bad: dict[str, Any]) -> None:
         ScheduleConfig(**bad)
 
 
+@pytest.mark.parametrize("frames", [5, 17, 40])
+def test_progress_ends_at_its_total(path: MorphPath, frames: int) -> None:
+    seen: list[tuple[str, int, int]] = []
+    schedule = ScheduleConfig(most=20)
+    path_film = FrameStream(path, frames, SampleConfig(steps=STEPS), schedule, lambda *at: seen.append(at))
+    assert len(list(path_film)) == frames
+    assert all(0 < done <= total for _, done, total in seen) and seen[-1][1] == seen[-1][2]
+    done = [at[1] for at in seen]
+    assert done == sorted(done)
+
+
 # ---- exact ends
 
 

@@ -39,6 +39,8 @@ class FrameStream:
     ) -> None:
         self.path, self.num_frames, self.sample, self.schedule = path, num_frames, sample, schedule
         self.progress = progress
+        self._to_make = num_frames  # and what the insertion makes to choose from
+        self._sampled_in = {"schedule": 0, "sample": 0}  # frames, so far
         self.seconds = {"schedule": 0.0, "sample": 0.0}
         self.distances: list[float] = []
         self.distances_before: list[float] = []
@@ -88,6 +90,7 @@ class FrameStream:
         gaps = self.num_frames if self.path.loop else self.num_frames - 1
         spare = min(self.schedule.spare, (gaps - self._end) // 7) if gaps <= self.schedule.most else 0
         settled = min(gaps, max(self.schedule.most, self._end)) + spare
+        self._to_make = self.num_frames + spare
         first, *others = gaps_of_rounds(settled, self._end, self.schedule.rounds)
         positions = uniform_positions(first if self.path.loop else first + 1, self.path.num_images, self.path.loop)
         self._make(positions)
@@ -142,7 +145,7 @@ class FrameStream:
                 if positions[stop] not in self._made:
                     missing.append(positions[stop])
                 stop += 1
-            made = dict(zip(missing, self._sampled(missing, stage, start, len(positions)), strict=True))
+            made = dict(zip(missing, self._sampled(missing, stage), strict=True))
             for position in positions[start:stop]:
                 picture = made[position] if position in made else self._made[position]
                 first = picture if first is None else first
@@ -155,16 +158,16 @@ class FrameStream:
         if self.path.loop and first is not None and last is not None:
             distances.append(self._distance(last[0], float(self._end), last[1], first))
 
-    def _sampled(self, positions: Sequence[float], stage: str, done: int | None = None, total: int = 0) -> list[Tensor]:
-        """New frames; progress counts U-Net steps of all frames, of which `done` frames were made before."""
-        steps = self.sample.steps
-        before, frames = (len(self._made), self.num_frames) if done is None else (done, total)
+    def _sampled(self, positions: Sequence[float], stage: str) -> list[Tensor]:
+        """New frames; progress counts the U-Net steps of all that are made in a stage."""
+        steps, before = self.sample.steps, self._sampled_in[stage]
 
         def report(reported: str, at: int, of: int) -> None:
             if self.progress and reported == "invert":
                 self.progress(reported, at, of)
             elif self.progress:
-                self.progress(stage, before * steps + len(positions) * steps * at // of, frames * steps)
+                done = before * steps + len(positions) * steps * at // of
+                self.progress(stage, done, self._to_make * steps)
 
         if not positions:
             return []
@@ -173,6 +176,7 @@ class FrameStream:
             pixels = self.path.decode(latents)
             if not bool(pixels.isfinite().all()):
                 raise DiffMorpherError("the model gave no valid picture (NaN): lower the LoRA rate, or use float32.")
+            self._sampled_in[stage] += len(positions)
             return list(to_bytes(pixels))
 
     def _distance(self, p: float, q: float, a: Tensor, b: Tensor) -> float:

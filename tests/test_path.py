@@ -213,8 +213,8 @@ def test_result_says_all_about_itself(morpher: Morpher) -> None:
     result = morpher(
         PICTURES[:2], ["a", "b"], num_frames=5, fit=FIT, sample=SAMPLE, progress=lambda *event: reported.append(event)
     )
-    # Fit, inversion, and each frame once; the two ends again in the second and third round of insertion.
-    assert result.unet_rows == 2 * 2 * 3 + 2 * 3 + (5 + 2 + 2) * 3
+    # Fit, inversion, and each frame once; the two ends again in the second round of insertion.
+    assert result.unet_rows == 2 * 2 * 3 + 2 * 3 + (5 + 2) * 3
     assert len(result.frames) == len(result.alphas) == 5 and len(result.distances) == 4
     assert result.alphas[0] == 0 and result.alphas[-1] == 1
     assert result.ppl == pytest.approx(sum(result.distances)) and result.pdv == pytest.approx(np.var(result.distances))

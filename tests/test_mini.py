@@ -65,7 +65,7 @@ def test_the_end_frames_are_the_input_images(mini: Morpher, demo: Demo) -> None:
 
 @pytest.mark.slow
 def test_the_end_frames_at_the_papers_settings(mini: Morpher, demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
-    """The figures that README's measured section quotes, and what the autoencoder alone reaches."""
+    """With what the autoencoder alone reaches; both are printed."""
     names = ("dog-face", "cat-face")
     path = prepare(mini, demo, names, FitConfig())
     inputs = to_pixels([fit_image(demo[n], mini.backbone.native_size) for n in names])
@@ -123,7 +123,7 @@ def colour_drift(frames: Tensor, alphas: list[float]) -> float:
 
 @pytest.mark.slow
 def test_ablation(mini: Morpher, demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each part switched on in turn, on three pairs; the table is printed, and README's measured section quotes it."""
+    """Each part switched on in turn, on three pairs (docs/results.md has all 24); the table is printed."""
     table: dict[str, list[list[float]]] = {name: [] for name, *_ in ROWS}
     for names in PAIRS:
         paths = {True: prepare(mini, demo, names, FitConfig()), False: prepare(mini, demo, names, None)}

@@ -195,7 +195,7 @@ def test_from_two_pictures_to_a_playing_film_and_all_that_can_be_had_from_it(vis
     visitor.morph()
     assert visitor.film() == {"duration": 5 / 4, "paused": False, "loop": True}
     expect(page.locator(".strip img")).to_have_count(5)
-    expect(page.locator(".chart polyline")).to_have_count(2)
+    expect(page.locator(".chart polyline")).to_have_count(1)
 
     # Downloads are all there, and are what they say.
     expect(page.locator("a.download")).to_have_count(6)

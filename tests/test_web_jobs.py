@@ -308,3 +308,26 @@ def test_pieces_of_html_escape_names_and_draw_every_gap() -> None:
     from diffmorpher.web_html import note, thumbnail
 
     assert "<script" not in note("<script>") + thumbnail(picture, '"><script>')
+
+
+def test_a_film_that_is_gone_is_not_found(tmp_path: Path) -> None:
+    """A page that is left takes its films with it; its browser may still ask for one."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.responses import FileResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from diffmorpher.web import Guard
+
+    def breaks(request: object) -> None:
+        raise RuntimeError("something else")
+
+    routes = [Route("/film.mp4", lambda request: FileResponse(tmp_path / "film.mp4")), Route("/breaks", breaks)]
+    client = TestClient(Starlette(routes=routes, middleware=[Middleware(Guard)]))
+    assert client.get("/film.mp4").status_code == 404
+    (tmp_path / "film.mp4").write_bytes(b"a film")
+    found = client.get("/film.mp4")
+    assert found.status_code == 200 and found.content == b"a film" and "content-security-policy" in found.headers
+    with pytest.raises(RuntimeError, match="something else"):
+        client.get("/breaks")

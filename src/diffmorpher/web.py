@@ -56,14 +56,24 @@ class Guard:
             await PlainTextResponse("Not found", 404)(scope, receive, send)
             return
 
+        started = False
+
         async def with_headers(message: Any) -> None:
+            nonlocal started
             if message["type"] == "http.response.start":
+                started = True
                 headers = MutableHeaders(scope=message)
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
             await send(message)
 
-        await self._app(scope, receive, with_headers)
+        try:
+            await self._app(scope, receive, with_headers)
+        except RuntimeError as error:
+            if started or "does not exist" not in str(error):
+                raise
+            # A page that has been left, and its films with it, may have been about to play one.
+            await PlainTextResponse("Not found", 404)(scope, receive, send)
 
 
 def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str, str] | None) -> None:

@@ -15,7 +15,7 @@ from .film import MAX_FPS, MIN_FPS, check_output
 from .media import MIN_SIDE, image_hash, load_image
 from .schedule import uniform_positions
 
-#: An hour at 24 frames per second; they are all held in memory.
+#: An hour at 24 frames per second; gif and webp hold them all in memory.
 MAX_FRAMES = 86_400
 
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffmorpher.catalog import CATALOG
 from diffmorpher.errors import ModelError
+from diffmorpher.models.catalog import CATALOG
 
 _UNET: dict[str, Any] = {
     "sample_size": 64,

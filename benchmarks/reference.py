@@ -18,15 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from diffmorpher import FitConfig, Morpher, SampleConfig
-from diffmorpher.attention import replaced_steps
-from diffmorpher.fit import fit_loras
-from diffmorpher.interpolate import Between, lerp, noise_between
-from diffmorpher.invert import invert
-from diffmorpher.lora import LoraBank
-from diffmorpher.media import fit_image
+from diffmorpher.files.pictures import fit_image
+from diffmorpher.method.attention import replaced_steps
+from diffmorpher.method.fit import fit_loras
+from diffmorpher.method.interpolate import Between, lerp, noise_between
+from diffmorpher.method.invert import invert
+from diffmorpher.method.lora import LoraBank
+from diffmorpher.method.perceptual import perceptual_distance
+from diffmorpher.method.schedule import even_positions, uniform_positions
 from diffmorpher.path import to_bytes, to_pil
-from diffmorpher.perceptual import perceptual_distance
-from diffmorpher.schedule import even_positions, uniform_positions
 
 #: Per step and layer, the inputs that an end image's self-attention had.
 Stored = list[list[Tensor]]
@@ -51,10 +51,10 @@ def reference_morph(
     started = time.perf_counter()
     noises = []
     for k, bank in enumerate(banks):
-        with backbone.borrowed(), bank.attached(backbone.unet):
+        with backbone.borrowed(), bank.attached(backbone.network):
             noises.append(invert(backbone, mean[k : k + 1], conditioning[k : k + 1], sample.steps)[-1])
     seconds["invert"] = time.perf_counter() - started
-    pair = LoraBank.stack([bank.lora(0) for bank in banks], backbone.unet, ["0", "1"], mean.device)
+    pair = LoraBank.stack([bank.lora(0) for bank in banks], backbone.network, ["0", "1"], mean.device)
 
     def one_pass(alphas: Sequence[float]) -> tuple[Tensor, list[float]]:
         ends: list[Stored] = []
@@ -96,12 +96,12 @@ def _sample_one(
     stored: Stored = []
     z = noise_between(noises, at, sample.adain)
     c = lerp(conditioning[at.left], conditioning[at.right], at.alpha)
-    with backbone.borrowed(), pair.attached(backbone.unet):
+    with backbone.borrowed(), pair.attached(backbone.network):
         pair.set_rows(at.weights(2), sample.lora_blend)
         for i in range(len(schedule)):
             level = len(schedule) - i
             source = [ends[0][i], ends[1][i]] if len(ends) == 2 and i < replaced else None
-            with _attention(backbone.unet, source, alpha) as seen:
+            with _attention(backbone.network, source, alpha) as seen:
                 e = backbone.predict_noise(z, schedule.timesteps[level - 1], c)
             if len(ends) < 2 and i < replaced:
                 stored.append(seen)

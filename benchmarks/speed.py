@@ -35,7 +35,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import random_pipeline
 from diffmorpher import DiffMorpherError, FitConfig, Morpher, SampleConfig, ScheduleConfig
-from diffmorpher.catalog import ASSETS, CATALOG, ModelSpec, choose_device, choose_dtype
+from diffmorpher.models.catalog import ASSETS, CATALOG, ModelSpec
+from diffmorpher.models.loading import choose_device, choose_dtype
 from diffmorpher.progress import StageBars, quiet_bars, quiet_libraries
 from reference import reference_morph
 
@@ -54,12 +55,12 @@ def tflop(morpher: Morpher) -> dict[str, float]:
     """TFLOP of one U-Net row forward and of one frame's decoding, counted on the meta device; LoRAs are left out."""
     width, height = morpher.working_size()
     factor, backbone = morpher.backbone.vae_factor, morpher.backbone
-    channels, text = backbone.unet.config.in_channels, backbone.pipe.text_encoder.config
+    channels, text = backbone.network.config.in_channels, backbone.pipe.text_encoder.config
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(backbone.unet.config)
+        unet = UNet2DConditionModel.from_config(backbone.network.config)
         vae = AutoencoderKL.from_config(backbone.vae.config)
         z = torch.empty(1, channels, height // factor, width // factor)
-        c = torch.empty(1, text.max_position_embeddings, backbone.unet.config.cross_attention_dim)
+        c = torch.empty(1, text.max_position_embeddings, backbone.network.config.cross_attention_dim)
         counts = {}
         for name, call in (
             ("row", lambda: unet(z, torch.zeros((), dtype=torch.long), c)),

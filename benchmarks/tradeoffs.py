@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmorpher import FitConfig, Morpher, SampleConfig, ScheduleConfig
-from diffmorpher.catalog import CATALOG
 from diffmorpher.evaluation.datasets import Pair, load_dataset
 from diffmorpher.evaluation.metrics import figures
-from diffmorpher.media import fit_image, load_image
+from diffmorpher.files.pictures import fit_image, load_image
+from diffmorpher.method.perceptual import perceptual_distance
+from diffmorpher.models.catalog import CATALOG
 from diffmorpher.path import to_pixels
-from diffmorpher.perceptual import perceptual_distance
 from diffmorpher.progress import StageBars, quiet_bars, quiet_libraries
 
 FRAMES = 16

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig, ScheduleConfig
-from diffmorpher.media import fit_image
+from diffmorpher.files.pictures import fit_image
+from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.path import to_pixels
-from diffmorpher.perceptual import perceptual_distance
 
 Demo = dict[str, Image.Image]
 

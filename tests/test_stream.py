@@ -18,10 +18,10 @@ from PIL import Image
 
 from conftest import tiny_pipeline
 from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig, ScheduleConfig
-from diffmorpher.catalog import CATALOG
 from diffmorpher.errors import Cancelled, ConfigError
-from diffmorpher.film import save_film
-from diffmorpher.schedule import gaps_of_rounds, insert_positions, most_even
+from diffmorpher.files.films import save_film
+from diffmorpher.method.schedule import gaps_of_rounds, insert_positions, most_even
+from diffmorpher.models.catalog import CATALOG
 from diffmorpher.stream import FrameStream
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
@@ -104,8 +104,8 @@ def test_an_inserted_film_is_that_of_its_positions(morpher: Morpher, path: Morph
     for ours, expected in zip(result.frames, plain, strict=True):
         assert np.abs(np.asarray(ours).astype(int) - np.asarray(expected)).max() <= 1
     closed = [*result.frames, result.frames[0]] if loop else result.frames
+    from diffmorpher.method.perceptual import perceptual_distance
     from diffmorpher.path import to_pixels
-    from diffmorpher.perceptual import perceptual_distance
 
     assert result.distances == pytest.approx(perceptual_distance().consecutive(to_pixels(closed)).tolist(), abs=1e-6)
 
@@ -174,7 +174,7 @@ def test_exact_ends_do_not_depend_on_the_batch(path: MorphPath) -> None:
 
 @contextmanager
 def watching(morpher: Morpher, see: Any) -> Iterator[None]:
-    handle = morpher.backbone.unet.register_forward_hook(lambda module, args, output: see(args[0]))
+    handle = morpher.backbone.network.register_forward_hook(lambda module, args, output: see(args[0]))
     try:
         yield
     finally:
@@ -206,7 +206,7 @@ def test_frames_are_the_same_for_every_batch_size(morpher: Morpher, path: MorphP
 
 def test_no_weight_is_touched_between_frames(morpher: Morpher, path: MorphPath) -> None:
     def state() -> list[tuple[int, int]]:
-        return [(p.data_ptr(), p._version) for p in morpher.backbone.unet.parameters()]
+        return [(p.data_ptr(), p._version) for p in morpher.backbone.network.parameters()]
 
     before, seen = state(), []
     with watching(morpher, lambda z: seen.append(state() == before)):

@@ -34,7 +34,7 @@ def test_the_wheel_carries_the_model_and_its_demo_runs(tmp_path: Path) -> None:
         [*pip, "install", "--no-deps", "--target", str(target), str(wheel)], capture_output=True, text=True, check=False
     )
     assert installed.returncode == 0, installed.stderr
-    code = "import diffmorpher; print(diffmorpher.__file__); from diffmorpher.cli import main; main()"
+    code = "import diffmorpher; print(diffmorpher.__file__); from diffmorpher.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "demo", "--out", "films"],
         cwd=tmp_path,

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
-from diffmorpher.perceptual import PerceptualDistance
+from diffmorpher.method.perceptual import PerceptualDistance
 from training import data
 from training.loop import Limits, Run, moving_average, set_learning_rate
 from training.optim import Muon

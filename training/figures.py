@@ -19,9 +19,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from diffmorpher import Morpher
-from diffmorpher.media import fit_image
+from diffmorpher.files.pictures import fit_image
+from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.path import to_pil, to_pixels
-from diffmorpher.perceptual import perceptual_distance
 from training import data
 from training.autoencoder import SIZE, psnr, reconstruct
 

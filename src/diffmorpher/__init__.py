@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import FitConfig, SampleConfig, ScheduleConfig
     from .errors import Cancelled, DiffMorpherError, UserError
-    from .lora_files import Lora, load_lora, save_lora
+    from .files.films import read_settings
+    from .files.loras import Lora, load_lora, save_lora
     from .morpher import Morpher, MorphResult
     from .path import MorphPath
 
@@ -19,9 +20,10 @@ _WHERE = {
     "Cancelled": "errors",
     "DiffMorpherError": "errors",
     "UserError": "errors",
-    "Lora": "lora_files",
-    "load_lora": "lora_files",
-    "save_lora": "lora_files",
+    "read_settings": "files.films",
+    "Lora": "files.loras",
+    "load_lora": "files.loras",
+    "save_lora": "files.loras",
     "Morpher": "morpher",
     "MorphResult": "morpher",
     "MorphPath": "path",
@@ -39,6 +41,7 @@ __all__ = [
     "ScheduleConfig",
     "UserError",
     "load_lora",
+    "read_settings",
     "save_lora",
 ]
 

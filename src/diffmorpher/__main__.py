@@ -1,3 +1,3 @@
-from diffmorpher.cli import main
+from diffmorpher.cli.app import main
 
 main()

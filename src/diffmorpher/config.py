@@ -7,14 +7,10 @@ Values are checked on construction and a bad one raises `ConfigError`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from .errors import ConfigError
-
-#: `progress(stage, done, total)`; stages are "fit", "invert", "schedule", "sample". Raise `Cancelled` in it to stop the run.
-ProgressCallback = Callable[[str, int, int], None]
 
 #: Frames of a film where nothing else is asked for.
 NUM_FRAMES = 16

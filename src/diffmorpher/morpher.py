@@ -16,18 +16,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .backbone import Backbone
-from .catalog import ModelSpec, choose_device, choose_dtype, load_pipeline
-from .config import NUM_FRAMES, FitConfig, ProgressCallback, SampleConfig, ScheduleConfig
+from .config import NUM_FRAMES, FitConfig, SampleConfig, ScheduleConfig
 from .errors import ConfigError
-from .film import save_film
-from .fit import fit_loras
-from .lora import LoraBank
-from .lora_files import Lora, load_lora
-from .media import ImageSource, fit_image, image_hash, load_image
+from .files.films import save_film
+from .files.loras import Lora, load_lora
+from .files.pictures import ImageSource, fit_image, image_hash, load_image
+from .method.fit import fit_loras
+from .method.lora import LoraBank
+from .method.perceptual import pdv, ppl
+from .method.schedule import uniform_positions
+from .models.catalog import ModelSpec
+from .models.loading import as_backbone, choose_device, choose_dtype, load_pipeline
 from .path import MorphPath, to_pixels
-from .perceptual import pdv, ppl
-from .schedule import uniform_positions
+from .progress import ProgressCallback
 from .stream import FrameStream
 
 #: Takes a film's frames, as they are made, and its settings.
@@ -88,7 +89,7 @@ class Morpher:
     def __init__(
         self, pipe: Any, *, spec: ModelSpec | None = None, name: str = "", low_memory: bool = False, tf32: bool = False
     ) -> None:
-        self.backbone = Backbone(pipe, name, low_memory, tf32)
+        self.backbone = as_backbone(pipe, name, low_memory, tf32)
         self.spec = spec or ModelSpec("", "")
         self.load_seconds = 0.0
 
@@ -170,7 +171,7 @@ class Morpher:
             for lora, name, digest in zip(loaded, names, hashes, strict=True):
                 if lora.metadata.get("image_hash", digest) != digest:
                     warnings.warn(f"{name} was fitted to another picture, or at another size.", stacklevel=2)
-            bank = LoraBank.stack(loaded, self.backbone.unet, names, mean.device)
+            bank = LoraBank.stack(loaded, self.backbone.network, names, mean.device)
             settings["loras"] = [Path(name).name for name in names]
         elif fit is not None:
             config = self._fit_config(fit)
@@ -284,7 +285,7 @@ class Morpher:
             "diffmorpher": version("diffmorpher"),
             "model": self.backbone.name,
             "device": str(self.backbone.device),
-            "dtype": str(self.backbone.unet.dtype).removeprefix("torch."),
+            "dtype": str(self.backbone.network.dtype).removeprefix("torch."),
             **path.settings,
             "frames": num_frames,
             "sample": asdict(sample),

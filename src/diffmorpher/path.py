@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -13,20 +12,17 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .backbone import Backbone
-from .config import ProgressCallback, SampleConfig
-from .errors import ConfigError, OutputError, PathFileError
-from .files import replacing
-from .interpolate import Between, lerp, noise_between
-from .invert import invert
-from .lora import LoraBank
-from .sample import denoise
-
-_VERSION = "2"
+from .config import SampleConfig
+from .errors import ConfigError, PathFileError
+from .files.paths import not_a_path, read_path, write_path
+from .method.denoise import denoise
+from .method.interpolate import Between, lerp, noise_between
+from .method.invert import invert
+from .method.lora import LoraBank
+from .models.backbone import Backbone
+from .progress import ProgressCallback
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
@@ -102,7 +98,7 @@ class MorphPath:
 
     @contextmanager
     def _lora(self) -> Iterator[None]:
-        with self.bank.attached(self.backbone.unet) if self.bank else nullcontext():
+        with self.bank.attached(self.backbone.network) if self.bank else nullcontext():
             yield
 
     # ---- sampling
@@ -199,7 +195,6 @@ class MorphPath:
             tensors |= {f"lora.down.{name}": a for name, a in self.bank.down.items()}
             tensors |= {f"lora.up.{name}": b for name, b in self.bank.up.items()}
         header = {
-            "version": _VERSION,
             "model": self.backbone.name,
             "signature": self.backbone.signature(),
             "prompts": self.prompts,
@@ -208,17 +203,7 @@ class MorphPath:
             "settings": self.settings,
             "sample": asdict(self.sample_config),
         }
-        out = Path(file)
-        try:
-            with replacing(out) as part:
-                save_file(
-                    {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-                    part,
-                    {"format": "pt", "diffmorpher.path": json.dumps(header)},
-                )
-        except (OSError, SafetensorError) as error:
-            raise OutputError(f"the path file {out} cannot be written: {error}.") from error
-        return out
+        return write_path(file, header, tensors)
 
     @classmethod
     def load(cls, file: str | os.PathLike[str], morpher: Any) -> MorphPath:
@@ -228,48 +213,32 @@ class MorphPath:
         """
         backbone: Backbone = morpher.backbone
         source = Path(file)
+        header, tensors = read_path(source)
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t.to(backbone.device) for n, t in tensors.items() if n.startswith(prefix)}
+
         try:
-            with safe_open(source, "pt") as opened:
-                header = json.loads((opened.metadata() or {})["diffmorpher.path"])
-                # Copied out of the mapped file: kernels round differently on memory that is not aligned.
-                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-            if header["version"] != _VERSION:
-                raise PathFileError(
-                    f"{source} was written by another version of diffmorpher (format {header['version']}); make it again."
-                )
             if not backbone.has_signature(header["signature"]):
                 raise PathFileError(
                     f"{source} was made with another model, called {header['model']!r} then; load that model."
                 )
-            tensors = {name: tensor.to(backbone.device) for name, tensor in tensors.items()}
-            bank = None
-            if header["loras"] is not None:
-                down, up = (
-                    {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-                    for prefix in ("lora.down.", "lora.up.")
-                )
-                bank = LoraBank(down, up, header["loras"])
-            inverted = "trajectory."
-            trajectories = {int(n.removeprefix(inverted)): t for n, t in tensors.items() if n.startswith(inverted)}
+            down, up, loras = named("lora.down."), named("lora.up."), header["loras"]
             return cls(
                 backbone,
-                tensors["latents"],
-                tensors["conditioning"],
-                bank,
+                tensors["latents"].to(backbone.device),
+                tensors["conditioning"].to(backbone.device),
+                None if loras is None else LoraBank(down, up, loras),
                 header["prompts"],
                 header["loop"],
                 header["settings"],
                 SampleConfig(**header["sample"]),
-                trajectories,
+                {int(steps): trajectory for steps, trajectory in named("trajectory.").items()},
             )
-        except FileNotFoundError as error:
-            raise PathFileError(f"the path file {source} does not exist.") from error
         except PathFileError:
             raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise PathFileError(
-                f"{source} is not a morph path, or is damaged; make it again with --save-path."
-            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise not_a_path(source) from error
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .backbone import float32_products
-from .config import ProgressCallback, SampleConfig, ScheduleConfig
+from .config import SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError
+from .method.perceptual import perceptual_distance
+from .method.schedule import even_positions, gaps_of_rounds, insert_positions, most_even, uniform_positions
+from .models.backbone import float32_products
 from .path import MorphPath, to_bytes, to_picture
-from .perceptual import perceptual_distance
-from .schedule import even_positions, gaps_of_rounds, insert_positions, most_even, uniform_positions
+from .progress import ProgressCallback
 
 
 class FrameStream:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, DiffMorpherError
-from .bench import Settings, Worker
 from .datasets import Pair
+from .worker import Settings, Worker
 
 #: A pair that has cost so many actors their lives is recorded as failed; so many actors that die while they load end the run.
 ATTEMPTS = 3

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..catalog import ASSETS
 from ..errors import DataError
+from ..models.catalog import ASSETS
 
 _IMAGE = re.compile(r"image_(\d+)")
 _PROMPT = re.compile(r"prompt_(\d+)")

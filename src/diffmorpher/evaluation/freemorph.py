@@ -16,11 +16,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..attention import project, project_out, self_attention
-from ..backbone import Backbone
-from ..config import ProgressCallback
-from ..interpolate import Between, lerp, slerp
+from ..method.attention import project, project_out, self_attention
+from ..method.interpolate import Between, lerp, slerp
+from ..models.backbone import Backbone
 from ..path import to_pixels
+from ..progress import ProgressCallback
 
 #: lambda_1 to lambda_4: where the attention changes, as shares of the steps.
 FORWARD, REVERSE = (0.3, 0.6), (0.2, 0.6)
@@ -130,7 +130,7 @@ def _windows(
     """Each step's attention: one up to the first limit, one up to the second, one after them; None is the model's own."""
     for i in range(steps):
         attention = attentions[sum(i >= round(limit * steps, 9) for limit in limits)]
-        yield self_attention(backbone.unet, attention) if attention else nullcontext()
+        yield self_attention(backbone.network, attention) if attention else nullcontext()
 
 
 def _report(progress: ProgressCallback | None, stage: str, done: int, total: int) -> None:

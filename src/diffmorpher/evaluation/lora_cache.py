@@ -16,11 +16,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..config import FitConfig, ProgressCallback
+from ..config import FitConfig
 from ..errors import LoraError
-from ..lora_files import Lora, load_lora, save_lora
-from ..media import fit_image, image_hash, load_image
+from ..files.loras import Lora, load_lora, save_lora
+from ..files.pictures import fit_image, image_hash, load_image
 from ..morpher import Morpher
+from ..progress import ProgressCallback
 
 
 def cache_folder() -> Path:
@@ -76,7 +77,7 @@ def _key(morpher: Morpher, image: Image.Image, prompt: str, fit: FitConfig, seed
     picture = fit_image(load_image(image), morpher.working_size())
     about = {
         "model": morpher.backbone.signature(),
-        "dtype": str(morpher.backbone.unet.dtype),
+        "dtype": str(morpher.backbone.network.dtype),
         "image": image_hash(picture),
         "size": picture.size,
         "prompt": prompt,

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch import Tensor
 
-from ..config import FitConfig, ProgressCallback, SampleConfig, ScheduleConfig
+from ..config import FitConfig, SampleConfig, ScheduleConfig
 from ..errors import ConfigError
-from ..media import fit_image, load_image
+from ..files.pictures import fit_image, load_image
+from ..method.schedule import uniform_positions
 from ..morpher import Morpher
 from ..path import MorphPath, to_pixels
-from ..schedule import uniform_positions
+from ..progress import ProgressCallback
 from .freemorph import GUIDANCE, freemorph
 from .lora_cache import cached_loras
 from .warp import dissolve, warp

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..perceptual import PerceptualDistance, pdv, ppl
+from ..method.perceptual import PerceptualDistance, pdv, ppl
 
 #: For each figure of a film, what it is, and whether less of it is better.
 FIGURES = {

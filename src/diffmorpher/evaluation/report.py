@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..errors import ConfigError
-from ..files import replacing
+from ..files.atomic import replacing
 from .metrics import FIGURES
 from .results import ALL
 

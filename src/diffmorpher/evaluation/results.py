@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..errors import DataError
-from ..files import replacing
-from ..media import fit_image, load_image
+from ..files.atomic import replacing
+from ..files.pictures import fit_image, load_image
 from ..path import to_pixels
-from .bench import Settings, finished, read_result
 from .datasets import Dataset, Pair
 from .inception import load_inception
 from .metrics import FIGURES, frechet_of_films
 from .statistics import bootstrap, paired_difference
+from .worker import Settings, finished, read_result
 
 ALL = "all"
 

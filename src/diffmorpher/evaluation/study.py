@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..catalog import ASSETS
 from ..errors import DataError
-from ..files import replacing
+from ..files.atomic import replacing
+from ..models.catalog import ASSETS
 from .results import read_results
 from .statistics import binomial_interval
 

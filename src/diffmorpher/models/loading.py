@@ -1,0 +1,105 @@
+"""How any model is loaded: on which device, in which dtype, from a hub id, a folder or a single file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..errors import ModelError
+from .backbone import Backbone
+from .catalog import CATALOG, ModelSpec, check_model
+from .stable_diffusion import StableDiffusion
+
+
+def default_device() -> torch.device:
+    """The fastest device present: CUDA, then Apple's MPS, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device asked for, or the fastest one. Raises `ModelError` for one that this machine lacks."""
+    if device is None:
+        return default_device()
+    try:
+        chosen = torch.device(device)
+        torch.empty(1, device=chosen)
+    except Exception as error:
+        raise ModelError(f"the device {str(device)!r} is not usable here; try {str(default_device())!r}.") from error
+    return chosen
+
+
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for; else float32, on CUDA bfloat16 (float16 where the card has no bfloat16)."""
+    if dtype is None:
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if isinstance(dtype, str):
+        names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+        if dtype not in names:
+            raise ModelError(f"the dtype {dtype!r} is not known; use one of {', '.join(names)}.")
+        return names[dtype]
+    return dtype
+
+
+def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> Backbone:
+    """A pipeline as the method sees it, by its family. Raises `ModelError` for one of a family that is not known."""
+    return StableDiffusion(pipe, name, low_memory, tf32)
+
+
+def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload: bool = False) -> tuple[Any, ModelSpec]:
+    """Load an alias, hub id, folder or .safetensors file as a diffusers pipeline.
+
+    offload: leave each network in the machine's memory while it is not at work (on a CPU this changes nothing).
+
+    A single .safetensors file holds weights alone; its configuration comes from the hub's cache, or from a folder of the
+    same name beside it (`model.safetensors`, `model/`), laid out as a diffusers model. Raises `ModelError`.
+    """
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+
+    check_model(model)
+    spec = CATALOG.get(model, ModelSpec(model, ""))
+    source = Path(spec.source).expanduser()
+    options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    try:
+        if source.suffix == ".safetensors":
+            folder = source.with_suffix("")
+            if folder.is_dir():
+                options |= {"config": str(folder), "local_files_only": True}
+            elif _is_sd2(source):
+                raise ModelError(
+                    f"{model} is a Stable Diffusion 2 file, which does not say whether it predicts epsilon or v; "
+                    f"put its diffusers configuration into the folder {folder}."
+                )
+            pipe = StableDiffusionPipeline.from_single_file(str(source), dtype=dtype, **options)
+        else:
+            pipe = DiffusionPipeline.from_pretrained(
+                str(source) if source.is_dir() else spec.source, dtype=dtype, **options
+            )
+    except ModelError:
+        raise
+    except Exception as error:
+        where = "" if source.exists() else ", and the hub could not be reached or has no such model"
+        if source.suffix == ".safetensors":
+            where = f" (its configuration may lie in the folder {source.with_suffix('')})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
+    for part in ("unet", "vae"):  # convolutions are quicker so: benchmarks/README.md
+        if hasattr(pipe, part):  # other kinds of pipelines are refused later
+            getattr(pipe, part).to(memory_format=torch.channels_last)
+    if offload and device.type != "cpu":
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe, spec
+    return pipe.to(device), spec
+
+
+def _is_sd2(file: Path) -> bool:
+    """Whether an original checkpoint has Stable Diffusion 2's text encoder; its epsilon and v models look alike."""
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    with safe_open(file, "pt") as opened:
+        return key in opened.keys() and opened.get_slice(key).get_shape()[1] == 1024  # noqa: SIM118

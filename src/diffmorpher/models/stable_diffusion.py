@@ -1,0 +1,163 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net that predicts noise or velocity, one CLIP text encoder, sampled by DDIM."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+
+from ..errors import ModelError
+from .backbone import Backbone, NoiseSchedule
+
+#: Smallest abar that is divided by: a schedule rescaled to zero terminal SNR reaches 0 (the value diffusers uses too).
+_MIN_ABAR = 2.0**-24
+
+
+class StableDiffusion(Backbone):
+    """A Stable Diffusion 1.x or 2.x pipeline as the method sees it.
+
+    pipe: a diffusers pipeline with `unet`, `vae`, `text_encoder`, `tokenizer` and `scheduler`. Raises `ModelError` if it is of
+    another kind.
+    """
+
+    def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
+        _check_kind(pipe)
+        super().__init__(pipe, name, low_memory, tf32)
+        self.network: UNet2DConditionModel = pipe.unet
+        self.vae: AutoencoderKL = pipe.vae
+        self.parts = (pipe.unet, pipe.vae, pipe.text_encoder)
+        self.vae_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        self.smallest_side = self.vae_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+        # The sampler is DDIM by name, whatever the checkpoint ships with: inversion needs the same solver.
+        self._scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        self.num_train_timesteps = int(self._scheduler.config.num_train_timesteps)
+        self.prediction_type: str = self._scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise ModelError(
+                f"the model {self.name} predicts {self.prediction_type!r}; only epsilon and v_prediction are supported."
+            )
+        # Our own copy: the scheduler moves its table to whatever device it is called with.
+        self._abar = self._scheduler.alphas_cumprod.double().clamp_min(_MIN_ABAR)  # (num_train_timesteps,)
+
+    # ---- facts
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        sample = self.network.config.sample_size
+        if sample is None:
+            raise ModelError(f"the model {self.name} does not say what size it was trained at; give a size.")
+        h, w = (sample, sample) if isinstance(sample, int) else sample
+        return w * self.vae_factor, h * self.vae_factor
+
+    def signature(self) -> dict[str, list[float]]:
+        parts = (self.network.conv_in.weight, self.network.conv_out.weight)
+        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in parts]
+        return {"sizes": [float(size) for w in parts for size in w.shape], "weights": sampled[0] + sampled[1]}
+
+    def schedule(self, steps: int) -> NoiseSchedule:
+        """The noise schedule of a run of `steps` DDIM steps."""
+        self._scheduler.set_timesteps(steps)
+        last = self.num_train_timesteps - 1  # which an offset may step over
+        timesteps = tuple(sorted(min(int(t), last) for t in self._scheduler.timesteps))
+        clean = torch.as_tensor(self._scheduler.final_alpha_cumprod, dtype=torch.float64).reshape(1)
+        abar = torch.cat([clean, self._abar[list(timesteps)]])
+        return NoiseSchedule(timesteps, abar.sqrt(), (1 - abar).sqrt())
+
+    # ---- pictures and prompts
+
+    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.low_memory and len(pixels) > 1:
+            mean, std = zip(*map(self.encode, pixels.split(1)), strict=True)
+            return torch.cat(mean), torch.cat(std)
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        scale = self.vae.config.scaling_factor
+        mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        return (
+            mean.contiguous(),
+            std.contiguous(),
+        )  # not in the VAE's memory format: a saved path must round as a fresh one
+
+    def decode(self, latents: Tensor) -> Tensor:
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        z = latents / self.vae.config.scaling_factor + shift
+        return self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float().clamp(-1, 1)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+        encoder = self.pipe.text_encoder
+        limit = min(self.pipe.tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        for prompt in prompts:
+            length = len(self.pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
+            if length > limit:
+                warnings.warn(
+                    f"the prompt {prompt[:40]!r}... has {length} tokens; the model reads the first {limit} of them.",
+                    stacklevel=2,
+                )
+        ids = self.pipe.tokenizer(
+            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        mask = ids.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
+        return encoder(ids.input_ids.to(self.device), attention_mask=mask)[0].float()
+
+    # ---- the network
+
+    def predict(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
+        self.unet_rows += len(latents) * (3 if torch.is_grad_enabled() else 1)
+        dtype = self.network.dtype
+        return self.network(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample.float()
+
+    def predict_noise(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
+        output = self.predict(latents, timestep, conditioning)
+        if self.prediction_type == "epsilon":
+            return output
+        a, s = self._levels(timestep)
+        return a * output + s * latents  # v = a eps - s x_0 and z = a x_0 + s eps
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
+        a, s = self._levels(timestep)
+        return a * x_0 + s * eps
+
+    def training_target(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
+        """What `predict` should return for `z_t`: the noise, or the velocity `a_t eps - s_t x_0`."""
+        a, s = self._levels(timestep)
+        return eps if self.prediction_type == "epsilon" else a * eps - s * x_0
+
+    def _levels(self, timestep: int | Tensor) -> tuple[Any, Any]:
+        """`a_t` and `s_t`: numbers, or for timesteps (B,) float32 tensors (B, 1, 1, 1)."""
+        if isinstance(timestep, Tensor):
+            abar = self._abar[timestep.cpu()].reshape(-1, 1, 1, 1)
+            return abar.sqrt().float().to(timestep.device), (1 - abar).sqrt().float().to(timestep.device)
+        abar = float(self._abar[timestep])
+        return abar**0.5, (1 - abar) ** 0.5
+
+
+def _check_kind(pipe: Any) -> None:
+    """Raise `ModelError`, saying what to do, for a pipeline that cannot be used."""
+    kind = type(pipe).__name__
+    needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    missing = [part for part in needed if getattr(pipe, part, None) is None]
+    if missing or not isinstance(pipe.unet, UNet2DConditionModel):
+        lacks = ", ".join(missing) or "a UNet2DConditionModel"
+        raise ModelError(f"{kind} is not a Stable Diffusion 1.x or 2.x pipeline (it lacks {lacks}).")
+    unet, vae = pipe.unet.config, pipe.vae.config
+    if getattr(pipe, "text_encoder_2", None) is not None or unet.addition_embed_type is not None:
+        raise ModelError(
+            f"{kind} is of the SDXL family, which is not supported yet; use a Stable Diffusion 1.x or 2.x model."
+        )
+    if unet.in_channels != vae.latent_channels:
+        raise ModelError(
+            f"the U-Net takes {unet.in_channels} channels where the VAE gives {vae.latent_channels}; inpainting and "
+            "depth models cannot be used, take the text-to-image model they were made from."
+        )
+    if any(getattr(m, "fused_projections", False) for m in pipe.unet.modules()):
+        raise ModelError("the U-Net's projections are fused; call pipe.unfuse_qkv_projections() first.")
+    if any(hasattr(m, "base_layer") for m in pipe.unet.modules()):
+        raise ModelError(
+            "the U-Net has LoRA adapters loaded; call pipe.unload_lora_weights() first (after pipe.fuse_lora() to keep them)."
+        )
+    if pipe.unet.device.type == "meta":
+        raise ModelError("the U-Net is under sequential offload, which is not supported; use model offload or none.")

@@ -1,0 +1,1 @@
+"""The page of `diffmorpher web`. It knows nothing of the command line."""

@@ -1,0 +1,159 @@
+"""The page's own pieces of HTML: pictures as text and numbers as drawings. Pure functions; text is escaped here."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+if TYPE_CHECKING:
+    from .line import Job
+
+#: The stages of a job in their order, as a person would call them.
+STAGES = {
+    "load": "Load the model",
+    "fit": "Learn the pictures",
+    "invert": "Turn them into noise",
+    "schedule": "Measure the way",
+    "sample": "Make the frames",
+    "save": "Write the film",
+}
+
+#: What a film can be downloaded as: kind -> (label, what it is for).
+DOWNLOADS = {
+    "mp4": ("MP4", "film for players and social media"),
+    "gif": ("GIF", "for chats and old web pages"),
+    "webp": ("WebP", "smaller and finer than a GIF"),
+    "frames": ("Frames", "every frame as PNG, in a zip"),
+    "path": ("Path", "to load again under “Start from saved work”"),
+    "loras": ("LoRAs", "what was learnt of each picture, for any diffusers pipeline"),
+}
+
+
+def data_uri(picture: Image.Image, side: int | None = None) -> str:
+    """The picture inside the page itself, so that no file has to be served; side: of its thumbnail, in pixels."""
+    small = picture.convert("RGB")
+    if side is not None:
+        small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    stream = io.BytesIO()
+    small.save(stream, "WEBP", quality=80 if side else 95, method=2)
+    return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
+
+
+def thumbnail(picture: Image.Image, name: str) -> str:
+    return f'<img class="thumb" src="{data_uri(picture, 144)}" alt="{escape(name)}" title="{escape(name)}">'
+
+
+def note(text: str, kind: str = "info") -> str:
+    """A line for a person; kind: "info" or "error"."""
+    role = "alert" if kind == "error" else "status"
+    return f'<div class="note {kind}" role="{role}">{escape(text)}</div>'
+
+
+def progress(job: Job) -> str:
+    """A bar for each stage so far, with the time left in the one at work; or the place in line."""
+    if job.ahead:
+        others = "one job is" if job.ahead == 1 else f"{job.ahead} jobs are"
+        return note(f"In line: {others} before yours. It starts by itself.")
+    rows = []
+    for stage, (done, total, began, moved) in list(job.stages.items()):
+        share = done / total if total else 0.0
+        spent = max(moved - began, 0.0)
+        if done >= total:
+            time = _seconds(spent)
+        elif done and spent:
+            time = f"{_seconds(spent / done * (total - done))} left"
+        else:
+            time = "…"
+        count = f"{done:.0f} of {total:.0f}" if total > 1 else ""
+        rows.append(
+            f'<div class="stage{" over" if done >= total else ""}"><span>{STAGES.get(stage, stage)}</span>'
+            f'<span class="count">{count}</span><span class="time">{time}</span>'
+            f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div></div>'
+        )
+    return f'<div class="stages" role="status">{"".join(rows) or note("Starting …")}</div>'
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 9.5:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def video(url: str, name: str) -> str:
+    return (
+        f'<video class="film" src="{escape(url)}" title="{escape(name)}" '
+        "autoplay loop muted playsinline controls></video>"
+    )
+
+
+def frame(picture: Image.Image, alpha: float) -> str:
+    return f'<img class="frame" src="{data_uri(picture)}" alt="The frame at {alpha:.2f}">'
+
+
+def strip(frames: Sequence[Image.Image], alphas: Sequence[float]) -> str:
+    """All frames in a row; a click on one tells its position."""
+    return (
+        '<div class="strip" role="list" tabindex="0" aria-label="All frames">'
+        + "".join(
+            f'<button type="button" role="listitem" data-alpha="{alpha:.6f}" title="Frame {i + 1}, position {alpha:.2f}">'
+            f'<img src="{data_uri(picture, 128)}" alt="Frame {i + 1}"></button>'
+            for i, (picture, alpha) in enumerate(zip(frames, alphas, strict=True))
+        )
+        + "</div>"
+    )
+
+
+def downloads(links: Mapping[str, tuple[str, Path]], waiting: Sequence[str] = ()) -> str:
+    """links: kind -> (url, file); waiting: kinds that are still being written."""
+    pieces = []
+    for kind, (label, purpose) in DOWNLOADS.items():
+        if kind in links:
+            url, file = links[kind]
+            try:
+                size = file.stat().st_size
+            except FileNotFoundError:  # the page was closed while this was being drawn: its files are gone
+                continue
+            size_text = f"{size / 1e6:.1f} MB" if size >= 1e5 else f"{max(1, size // 1000)} kB"
+            pieces.append(
+                f'<a class="download" href="{escape(url)}" download="{escape(file.name)}" title="{escape(purpose)}">'
+                f"{label}<small>{size_text}</small></a>"
+            )
+        elif kind in waiting:
+            pieces.append(f'<span class="download" title="{escape(purpose)}">{label}<small>…</small></span>')
+    return f'<div class="downloads">{"".join(pieces)}</div>'
+
+
+def chart(before: Sequence[float], after: Sequence[float]) -> str:
+    """The perceptual distance of each gap between frames, before and after rescheduling: flat means even speed."""
+    width, height, left, top, bottom = 480, 150, 36, 10, 24
+    highest = max([*before, *after, 1e-9])
+    gaps = len(after)
+
+    def points(values: Sequence[float]) -> str:
+        step = (width - left - 8) / max(1, len(values) - 1)
+        scale = (height - top - bottom) / (highest * 1.05)
+        return " ".join(f"{left + i * step:.1f},{height - bottom - v * scale:.1f}" for i, v in enumerate(values))
+
+    lines = f'<polyline class="before" points="{points(before)}"/>' if before else ""
+    lines += f'<polyline class="after" points="{points(after)}"/>'
+    floor = height - bottom
+    legend = '<span class="key after"></span>this film' + (
+        '<span class="key before"></span>with evenly spaced positions' if before else ""
+    )
+    return (
+        f'<figure class="chart"><svg viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="Perceptual distance of each of the {gaps} gaps">'
+        f'<line x1="{left}" y1="{floor}" x2="{width - 8}" y2="{floor}"/><line x1="{left}" y1="{top}" x2="{left}" y2="{floor}"/>'
+        f'<text x="{left - 5}" y="{top + 8}" text-anchor="end">{highest:.2g}</text>'
+        f'<text x="{left - 5}" y="{floor}" text-anchor="end">0</text>'
+        f'<text x="{left}" y="{height - 8}">first gap</text>'
+        f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">gap {gaps}</text>{lines}</svg>'
+        f"<figcaption>How much changes from frame to frame (perceptual distance): flat is even speed. {legend}</figcaption>"
+        "</figure>"
+    )

@@ -1,0 +1,400 @@
+"""What the page does behind its face: visitors and their pictures, one line of jobs, one model, prepared paths.
+
+Nothing here knows of gradio. Jobs run one after another in one thread, whoever asked for them; a visitor reads the state
+of his job and may cancel it, which stops it within one step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import shutil
+import threading
+import time
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from ..cli.checks import check_counts
+from ..config import SampleConfig
+from ..errors import ConfigError, DiffMorpherError, ImageError, UserError
+from ..files.films import read_settings
+from ..files.pictures import image_hash, load_image
+from ..models.catalog import check_model
+from .line import Job, Line, Work
+from .settings import MAX_PICTURES, MAX_PROMPT, Settings, different_names, film_name
+
+if TYPE_CHECKING:
+    from ..files.loras import Lora
+    from ..morpher import Morpher, MorphResult
+    from ..path import MorphPath
+
+#: Limits of a picture on the page, and of a path or LoRA file.
+MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS, MAX_FILE_BYTES = 25 * 2**20, 50_000_000, 256 * 2**20
+#: Prepared paths that are kept, the last used ones.
+KEPT_PATHS = 4
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A visitor's picture: the name it came with, and the copy in the visitor's folder."""
+
+    name: str
+    file: Path
+
+
+@dataclass
+class Film:
+    """What a visitor's last run left: the frames, the path to sample more from, the files to download."""
+
+    result: MorphResult
+    settings: Settings
+    name: str
+    command: str
+    folder: Path
+    seconds: float = 0.0
+
+    @property
+    def video(self) -> Path:
+        return self.folder / f"{self.name}.mp4"
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """The settings as anyone reads them from the film."""
+        return read_settings(self.video) or {}
+
+
+@dataclass
+class Session:
+    """One visitor. The folder's name is secret: whoever knows it can read what lies in it."""
+
+    folder: Path
+    pictures: list[Picture] = field(default_factory=list)
+    jobs: dict[str, Job] = field(default_factory=dict)  # the last one of each kind: "morph", "frame"
+    film: Film | None = None
+    uploads: list[Path] = field(default_factory=list)
+    closed: bool = False
+    _films: int = 0
+
+    def new_folder(self) -> Path:
+        self._films += 1
+        folder = self.folder / f"film-{self._films}"
+        folder.mkdir(parents=True)
+        return folder
+
+
+class Studio:
+    """One process's visitors, model and prepared paths. root: a folder of its own, emptied by `close`."""
+
+    def __init__(self, root: Path, models: set[str] | None = None) -> None:
+        """models: the only ones that visitors may choose; None for any that can be loaded."""
+        self.root, self.line, self._models = root, Line(), models
+        self.own = Session(root)  # holds what must stay
+        self._sessions: dict[str, Session] = {}
+        self._uploads: Counter[Path] = Counter()  # files of the upload folder, by how many visitors hold them
+        self._lock = threading.Lock()
+        self._morpher: Morpher | None = None
+        self._model = ""
+        self._paths: OrderedDict[str, MorphPath] = OrderedDict()
+
+    # ---- visitors
+
+    def session(self, key: str) -> Session:
+        """The visitor of that key, who may be new."""
+        with self._lock:
+            if key not in self._sessions:
+                folder = self.root / "sessions" / secrets.token_urlsafe(24)
+                folder.mkdir(parents=True, mode=0o700)
+                self._sessions[key] = Session(folder)
+            return self._sessions[key]
+
+    def end(self, key: str) -> None:
+        """Cancel the visitor's job and remove all files of his."""
+        with self._lock:
+            session = self._sessions.pop(key, None)
+        if session is None:
+            return
+        session.closed = True
+        for job in session.jobs.values():
+            job.cancel()
+        shutil.rmtree(session.folder, ignore_errors=True)
+        for file in session.uploads:
+            self._release(file)
+
+    def close(self) -> None:
+        """Everything ends; the folder is removed."""
+        for key in list(self._sessions):
+            self.end(key)
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def hold(self, session: Session, file: Path) -> None:
+        """A file outside the visitor's folder that must go when he goes. Equal files of several visitors are one file."""
+        with self._lock:
+            session.uploads.append(file)
+            self._uploads[file] += 1
+
+    def _release(self, file: Path) -> None:
+        with self._lock:
+            self._uploads[file] -= 1
+            if self._uploads[file] > 0:
+                return
+            del self._uploads[file]
+        file.unlink(missing_ok=True)
+
+    def add_picture(self, session: Session, upload: Path, ours: bool = False) -> Picture:
+        """Check a picture and copy it into the visitor's folder; ours: not an upload. Raises `ImageError`."""
+        if not ours:
+            self.hold(session, upload)
+        if len(session.pictures) >= MAX_PICTURES:
+            raise ImageError(f"There are {MAX_PICTURES} pictures already: remove one first.")
+        check_picture(upload)
+        name = different_names([*(picture.name for picture in session.pictures), upload.name])[-1]
+        file = session.folder / f"{secrets.token_hex(4)}{upload.suffix}"
+        shutil.copyfile(upload, file)
+        session.pictures.append(Picture(name, file))
+        return session.pictures[-1]
+
+    # ---- the model
+
+    def load(self, model: str) -> Morpher:
+        """The model, loaded once; another one takes its place. To be called by a job alone. Raises `ModelError`."""
+        if self._morpher is None or self._model != model:
+            from ..morpher import Morpher
+            from ..progress import quiet_bars
+
+            quiet_bars()
+            self._paths.clear()
+            for session in list(self._sessions.values()):
+                if session.film is not None:
+                    session.film = None  # its path holds the old model, and two may not fit into memory
+            self._morpher = None
+            self._morpher, self._model = Morpher.from_pretrained(model), model
+        return self._morpher
+
+    def warm_up(self, model: str = "mini") -> None:
+        """Load the model before anyone waits for it, unless somebody is quicker."""
+        self.line.submit(lambda _: self._morpher or self.load(model))
+
+    # ---- jobs
+
+    def morph(
+        self,
+        session: Session,
+        settings: Settings,
+        pictures: Sequence[Picture],
+        prompts: Sequence[str],
+        *,
+        loras: Sequence[Path] = (),
+        path_file: Path | None = None,
+    ) -> Job:
+        """Put a film into the line; what cannot work is said at once. The result is a `Film`. Raises `UserError`."""
+        if self._models is not None and settings.model not in self._models:
+            raise ConfigError(
+                f"the model {settings.model!r} cannot be chosen here; take one of {', '.join(self._models)}."
+            )
+        check_model(settings.model)
+        texts = [" ".join(prompt.split())[:MAX_PROMPT] for prompt in prompts]
+        if path_file is None:
+            check_counts(len(pictures), len(texts), len(loras), settings.frames, settings.loop)
+            settings.sample_config(SampleConfig()).check_images(len(pictures))
+            images = [load_image(picture.file) for picture in pictures]
+            _check_neighbours(images, [picture.name for picture in pictures], settings.loop)
+        for file in (*loras, *([path_file] if path_file else [])):
+            _check_bytes(file, MAX_FILE_BYTES)
+        names = different_names([picture.name for picture in pictures])
+
+        def work(progress: Callable[[str, int, int], None]) -> Film:
+            started = time.monotonic()
+            progress("load", 0, 1)
+            morpher = self.load(settings.model)
+            progress("load", 1, 1)
+            if path_file is not None:
+                path, name, command = _load_path(path_file, morpher, settings), path_file.stem, ""
+            else:
+                path = self._prepare(morpher, settings, images, texts, loras, progress)
+                name = film_name(names)
+                command = settings.command(names, texts, [lora.name for lora in loras])
+            sample = settings.sample_config(path.sample_config)
+            result = morpher.film(path, settings.frames, sample, settings.schedule_config(), progress)
+            progress("save", 0, 1)
+            film = Film(result, settings, name, command, session.new_folder())
+            result.save(film.video, settings.fps, settings.ping_pong)
+            progress("save", 1, 1)
+            film.seconds = time.monotonic() - started
+            if session.closed:
+                shutil.rmtree(session.folder, ignore_errors=True)
+            elif session.film:
+                shutil.rmtree(session.film.folder, ignore_errors=True)
+            session.film = film
+            return film
+
+        return self._start(session, "morph", work)
+
+    def frame_at(self, session: Session, alpha: float) -> Job:
+        """Put one frame of the visitor's own film into the line. The result is a picture. Raises `UserError`."""
+        film = self._film(session)
+
+        def work(progress: Callable[[str, int, int], None]) -> Image.Image:
+            path = film.result.path
+            return path.sample([alpha], film.settings.sample_config(path.sample_config), progress=progress)[0]
+
+        return self._start(session, "frame", work)
+
+    def _start(self, session: Session, kind: str, work: Work) -> Job:
+        if kind in session.jobs:
+            session.jobs[kind].cancel()  # a visitor has one job of a kind, the last one asked for
+        session.jobs[kind] = self.line.submit(work)
+        return session.jobs[kind]
+
+    def _film(self, session: Session) -> Film:
+        if session.film is None:
+            raise UserError("This film can no longer be sampled, as another model was loaded since: press Morph again.")
+        return session.film
+
+    def _prepare(
+        self,
+        morpher: Morpher,
+        settings: Settings,
+        images: Sequence[Image.Image],
+        prompts: Sequence[str],
+        loras: Sequence[Path],
+        progress: Callable[[str, int, int], None],
+    ) -> MorphPath:
+        """The prepared path, found again by the content of everything it depends on."""
+        from ..files.loras import load_lora
+
+        fit = None if loras else settings.fit_config(morpher.spec.fit)
+        loaded: list[Lora] | None = [load_lora(file) for file in loras] or None
+        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in loras]
+        parts = (settings.model, fit, settings.pixels, settings.resize, settings.seed)
+        key = repr((parts, [image_hash(image) for image in images], list(prompts), digests))
+        if key not in self._paths:
+            self._paths[key] = morpher.prepare(
+                images,
+                list(prompts),
+                loaded,
+                fit,
+                settings.seed,
+                size=settings.pixels,
+                resize="pad" if settings.resize == "pad" else "crop",
+                steps=settings.steps,
+                progress=progress,
+            )
+            if loras:
+                self._paths[key].settings["loras"] = [file.name for file in loras]
+            while len(self._paths) > KEPT_PATHS:
+                self._paths.popitem(last=False)
+        self._paths.move_to_end(key)
+        path = self._paths[key]
+        path.noises_at(settings.steps or morpher.spec.sample.steps, progress)
+        about = path.settings | {"loop": settings.loop}
+        return replace(path, loop=settings.loop, settings=about, sample_config=morpher.spec.sample)
+
+    # ---- files to download
+
+    @staticmethod
+    def files(film: Film) -> dict[str, Callable[[], Path]]:
+        """What a film can be downloaded as: name of the kind -> a function that writes the file and returns its path."""
+        result, settings = film.result, film.settings
+
+        def film_as(suffix: str) -> Callable[[], Path]:
+            file = film.folder / f"{film.name}{suffix}"
+            return lambda: file if file.exists() else result.save(file, settings.fps, settings.ping_pong)
+
+        def frames() -> Path:
+            folder = result.save(film.folder / "frames", settings.fps)
+            return _zip(film.folder / f"{film.name}-frames.zip", sorted(folder.iterdir()))
+
+        def loras() -> Path:
+            from ..files.loras import save_lora
+
+            bank = result.path.bank
+            count = result.path.num_images if bank else 0
+            files = [film.folder / f"{film.name}-lora-{i + 1}.safetensors" for i in range(count)]
+            for i, file in enumerate(files):
+                if bank:
+                    save_lora(bank.lora(i), file)
+            return _zip(film.folder / f"{film.name}-loras.zip", files)
+
+        kinds = {"mp4": film_as(".mp4"), "gif": film_as(".gif"), "webp": film_as(".webp"), "frames": frames}
+        kinds["path"] = lambda: result.path.save(film.folder / f"{film.name}.morph")
+        return kinds | ({"loras": loras} if result.path.bank else {})
+
+
+def check_picture(file: Path) -> None:
+    """Raises `ImageError` for what cannot be morphed, naming the picture as the visitor knows it."""
+    try:
+        _check_bytes(file, MAX_PICTURE_BYTES)
+        try:
+            with Image.open(file) as image:
+                pixels = image.width * image.height
+        except Exception:
+            pixels = 0  # load_image says why
+        if pixels > MAX_PICTURE_PIXELS:
+            raise ImageError(f"Picture {file.name!r} has {pixels / 1e6:.0f} megapixels: at most 50 can be used here.")
+        load_image(file)
+    except ImageError as error:
+        raise ImageError(str(error).replace(repr(str(file)), repr(file.name))) from error
+
+
+def _check_bytes(file: Path, most: int) -> None:
+    if file.stat().st_size > most:
+        raise ImageError(
+            f"{file.name!r} has {file.stat().st_size / 2**20:.0f} MB: at most {most // 2**20} MB are taken."
+        )
+
+
+def _check_neighbours(images: Sequence[Image.Image], names: Sequence[str], loop: bool) -> None:
+    hashes = [image_hash(image) for image in images]
+    for i in range(len(images) if loop else len(images) - 1):
+        j = (i + 1) % len(images)
+        if hashes[i] == hashes[j]:
+            raise ImageError(f"{names[i]!r} and {names[j]!r} are the same picture: give two that differ.")
+
+
+def _load_path(file: Path, morpher: Morpher, settings: Settings) -> MorphPath:
+    from ..method.schedule import uniform_positions
+    from ..path import MorphPath
+
+    try:
+        path = MorphPath.load(file, morpher)
+    except UserError as error:
+        raise type(error)(str(error).replace(str(file), file.name)) from error
+    uniform_positions(settings.frames, path.num_images, settings.loop)
+    return replace(path, loop=settings.loop, settings=path.settings | {"loop": settings.loop})
+
+
+def _zip(out: Path, files: Sequence[Path]) -> Path:
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
+        for file in files:
+            archive.write(file, file.name)
+    return out
+
+
+def figures(film: Film) -> dict[str, Any]:
+    """Of the figures that `--json` prints those that concern a client."""
+    result = film.result
+    return {
+        "frames": len(result.frames),
+        "alphas": result.alphas,
+        "distances": result.distances,
+        "ppl": result.ppl,
+        "pdv": result.pdv,
+        "settings": film.metadata,
+    }
+
+
+def explain(error: Exception) -> str:
+    """One sentence for the visitor; what is not meant for him stays in the log."""
+    if isinstance(error, DiffMorpherError):
+        text = str(error)
+    elif isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate" in str(error):
+        text = "The machine ran out of memory: try a smaller size or fewer pictures."
+    else:
+        text = f"Something went wrong ({type(error).__name__}); the terminal in which the page was started says more."
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,245 @@
+"""The web page of `diffmorpher web`: it is put together and served here; the work is done in `web_jobs`.
+
+Importing this module needs the extra `web`. The page is built without torch, so that it is there at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+# Read by gradio and the hub when they are imported: the page sends nothing to anybody.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from gradio.processing_utils import save_file_to_cache
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
+
+from ..errors import UserError
+from ..models.catalog import ASSETS
+from ..progress import say
+from .jobs import MAX_FILE_BYTES, Studio, explain, figures
+from .line import Job
+from .panel import models, settings_panel
+from .parts import LOOK, Pictures, Result, Updates, key_of
+from .settings import MAX_PICTURES, Settings
+
+_HERE = Path(__file__).parent
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+#: Routes of gradio that fetch from elsewhere or run programs, of which this page needs none.
+_CLOSED = ("/file=http", "/proxy=", "/process_recording", "/vibe", "/monitoring")
+#: Browsers then ask no other host for anything, whatever a later gradio may bring.
+_HEADERS = {
+    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+class Guard:
+    """ASGI middleware around gradio: closes what is not needed and tells browsers to stay here."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and any(part in scope["path"].lower() for part in _CLOSED):
+            await PlainTextResponse("Not found", 404)(scope, receive, send)
+            return
+
+        started = False
+
+        async def with_headers(message: Any) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, with_headers)
+        except RuntimeError as error:
+            if started or "does not exist" not in str(error):
+                raise
+            # A page that has been left, and its films with it, may have been about to play one.
+            await PlainTextResponse("Not found", 404)(scope, receive, send)
+
+
+def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str, str] | None) -> None:
+    """Serve the page until it is stopped. Raises `UserError` for a port that is taken.
+
+    root: an empty folder for all temporary files; the uploads in it are where the environment's GRADIO_TEMP_DIR says.
+    """
+    typed_models = auth is not None or (host in _LOCAL and not share)
+    studio = Studio(root, None if typed_models else {name for _, name in models(False)})
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    page = build(studio, typed_models)
+    for file in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"):
+        studio.hold(studio.own, file)  # the page's own pictures, which a visitor may upload too
+    try:
+        try:
+            _, url, public = page.launch(
+                server_name=host,
+                server_port=port,
+                share=share,
+                auth=auth,
+                prevent_thread_lock=True,
+                quiet=True,
+                theme=_theme(),
+                css_paths=_HERE / "page.css",
+                head_paths=_HERE / "head.html",
+                favicon_path=ASSETS / "demo" / "fox-face.png",
+                max_file_size=MAX_FILE_BYTES,
+                allowed_paths=[str(root / "sessions")],
+                app_kwargs={"middleware": [Middleware(Guard)]},
+                footer_links=[],
+                run_history=False,  # it would keep visitors' pictures in the browser
+                enable_monitoring=False,
+                ssr_mode=False,
+                pwa=False,
+                mcp_server=False,
+            )
+        except OSError as error:
+            where = f"port {port}" if port else "every port from 7860 on"
+            raise UserError(f"{where} cannot be used at {host} ({error}): give another --port or --host.") from error
+        _announce(url, public, host, auth is not None)
+        studio.warm_up()
+        stop.wait()
+        say("diffmorpher: stopped; all pictures and films of the page are removed.")
+    finally:
+        studio.close()
+        page.close(verbose=False)
+
+
+def _announce(url: str, public: str | None, host: str, login: bool) -> None:
+    """Where the page is, and what that exposes."""
+    who = "with the name and password" if login else "without a password (--auth USER:PASSWORD asks for one)"
+    say(f"Open {url} in a browser; Ctrl-C stops the page.")
+    if host not in _LOCAL:
+        say(f"It listens at {host}: everyone who can reach this machine can open it {who} and use its processor.")
+    if public:
+        say(f"{public} is public: everyone with that address can open it {who}; pictures travel through gradio.live.")
+    if host in _LOCAL and not public:
+        say("Only this machine can open it.")
+
+
+def _theme() -> gr.themes.Base:
+    """System fonts alone: none are fetched."""
+    return gr.themes.Base(
+        primary_hue=gr.themes.colors.indigo,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_md,
+        font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )
+
+
+def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
+    """The page, with its events."""
+    with gr.Blocks(title="diffmorpher", delete_cache=(600, 3600), fill_width=True) as page:
+        gr.HTML("<h1>diffmorpher</h1><p>Turn one picture into another, and keep the film.</p>", elem_id="head")
+        with gr.Row(elem_id="columns"):
+            result = Result(studio)
+            with gr.Column(elem_id="left"):
+                pictures = Pictures(studio)
+                settings, loras, path_file = settings_panel(typed_models, result.buttons)
+            with gr.Column(elem_id="right"):
+                result.film()
+
+        async def on_morph(request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
+            session = studio.session(key_of(request))
+            prompts, (lora_files, path), chosen = (
+                values[:MAX_PICTURES],
+                values[MAX_PICTURES:][:2],
+                values[MAX_PICTURES:][2:],
+            )
+
+            def start() -> Job:
+                for file in [*(lora_files or []), *([path] if path else [])]:
+                    studio.hold(session, Path(file))
+                return studio.morph(
+                    session,
+                    Settings.checked(**dict(zip(settings, chosen, strict=True))),
+                    list(session.pictures),
+                    [prompt or "" for prompt in prompts[: len(session.pictures)]],
+                    loras=[Path(file) for file in lora_files or []],
+                    path_file=Path(path) if path else None,
+                )
+
+            async for update in result.follow(start):
+                yield update
+
+        run = result.morph.click(
+            on_morph,
+            [*pictures.prompts, loras, path_file, *settings.values()],
+            result.outputs,
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
+        result.after(run)
+        _api(studio, settings)
+
+        def leave(request: gr.Request) -> None:
+            studio.end(key_of(request))
+
+        page.unload(leave)
+    page.queue(default_concurrency_limit=None)
+    return page
+
+
+def _api(studio: Studio, settings: dict[str, Any]) -> None:
+    """The endpoint `/morph` for `gradio_client`, by parts that nobody sees; it takes the page's settings by name."""
+    with gr.Row(visible=False):
+        pictures = gr.File(label="Pictures, two or more", file_count="multiple", file_types=["image"])
+        prompts = gr.JSON(label="Prompts: a list with one for all or one each, or nothing")
+        film, facts = gr.File(label="The film, an mp4"), gr.JSON(label="The figures that --json prints")
+        button = gr.Button()
+
+    async def api(request: gr.Request, images: list[str], prompts: Any = None, *chosen: Any) -> tuple[str, Any]:
+        session = studio.session(key_of(request))
+        session.pictures.clear()
+        texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
+
+        def start() -> Job:
+            for image in images or []:
+                studio.add_picture(session, Path(image))
+            return studio.morph(
+                session,
+                Settings.checked(**dict(zip(settings, chosen, strict=True))),
+                session.pictures,
+                list(map(str, texts)),
+            )
+
+        try:
+            job = await asyncio.to_thread(start)
+            while not job.done.is_set():
+                await asyncio.sleep(LOOK)
+            if job.error is not None:
+                raise job.error
+        except Exception as error:
+            raise gr.Error(explain(error), print_exception=False) from None
+        out = Path(save_file_to_cache(job.result.video, film.GRADIO_CACHE))
+        studio.hold(session, out)
+        return str(out), figures(job.result)
+
+    # Clients learn the names of the parameters from the signature.
+    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    given = list(inspect.signature(api).parameters.values())[:3]
+    named = [inspect.Parameter(name, keyword, default=None) for name in settings]
+    api.__signature__ = inspect.Signature([*given, *named])  # type: ignore[attr-defined]
+    button.click(api, [pictures, prompts, *settings.values()], [film, facts], api_name="morph", concurrency_limit=None)

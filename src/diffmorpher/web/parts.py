@@ -1,0 +1,343 @@
+"""The parts of the page: pictures and result, each with the events that concern it alone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gradio as gr
+
+from ..errors import Cancelled, DiffMorpherError
+from ..files.pictures import load_image
+from ..models.catalog import ASSETS
+from . import html
+from .jobs import Film, Session, Studio, explain
+from .line import Job
+from .settings import MAX_PICTURES, MAX_PROMPT
+
+#: Pictures of assets/demo to try: (label, [(name, prompt), ...]).
+EXAMPLES = (
+    ("Tiger → wolf", [("tiger-face", "a tiger face"), ("wolf-face", "a wolf face")]),
+    ("Apple → pear", [("red-apple", "a red apple"), ("pear", "a pear")]),
+    ("Car → bus", [("automobile", "a car"), ("bus", "a bus")]),
+    ("Cat → dog → fox", [("cat-face", "a cat face"), ("dog-face", "a dog face"), ("fox-face", "a fox face")]),
+)
+#: Seconds between two looks at a job.
+LOOK = 0.15
+
+Updates = dict[Any, Any]
+
+
+def key_of(request: gr.Request) -> str:
+    """Tells visitors apart. Gradio makes it anew whenever the page is loaded."""
+    return str(request.session_hash)
+
+
+def quietly(**options: Any) -> dict[str, Any]:
+    """For events that are the page's own affair: no overlay, no place in gradio's queue, no API."""
+    return {"show_progress": "hidden", "queue": False, "api_visibility": "private"} | options
+
+
+class Pictures:
+    """The visitor's pictures with a prompt each. The pictures are on the server, under the visitor's key."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+        gr.HTML("<h2>1. Pictures, in the order of the film</h2>")
+        self.pick = gr.Gallery(
+            label="Add pictures",
+            sources=["upload", "webcam", "clipboard"],
+            file_types=["image"],
+            interactive=True,
+            elem_id="pick",
+            buttons=[],
+        )
+        self.note = gr.HTML(visible=False, elem_id="pictures-note")
+        with gr.Row(elem_id="examples"):
+            gr.HTML("<span>or try</span>", elem_classes="or-try")
+            examples = [
+                gr.Button(label, size="sm", elem_classes="example", icon=str(ASSETS / "demo" / f"{shown[0][0]}.png"))
+                for label, shown in EXAMPLES
+            ]
+        self.rows: list[gr.Row] = []
+        self.thumbs: list[gr.HTML] = []
+        self.prompts: list[gr.Textbox] = []
+        buttons = []
+        for i in range(MAX_PICTURES):
+            with gr.Row(visible=False, elem_classes="picture") as row:
+                self.thumbs.append(gr.HTML(elem_classes="thumb-box"))
+                self.prompts.append(
+                    gr.Textbox(
+                        label=f"{i + 1}. What it shows (optional)",
+                        placeholder="a cat",
+                        max_length=MAX_PROMPT,
+                        max_lines=1,
+                        elem_id=f"prompt-{i + 1}",
+                    )
+                )
+                with gr.Row(elem_classes="picture-buttons"):
+                    buttons += [
+                        (i, what, gr.Button(sign, size="sm", elem_classes=f"icon {what}", elem_id=f"{what}-{i + 1}"))
+                        for sign, what in (("↑", "earlier"), ("↓", "later"), ("✕", "remove"))
+                    ]
+            self.rows.append(row)
+        outputs = [self.pick, self.note, *self.rows, *self.thumbs, *self.prompts]
+        # Not `upload`, which says nothing of the camera and the clipboard.
+        self.pick.change(self._add, [self.pick, *self.prompts], outputs, **quietly())
+        for button, (_, shown) in zip(examples, EXAMPLES, strict=True):
+            button.click(self._example(shown), None, outputs, **quietly())
+        for i, what, button in buttons:
+            button.click(self._change(i, what), self.prompts, outputs, **quietly())
+
+    def _add(self, request: gr.Request, picked: list[tuple[str, Any]] | None, *prompts: str) -> Updates:
+        if not picked:  # emptied by the event before
+            return {self.pick: gr.skip()}
+        session = self._studio.session(key_of(request))
+        problems = []
+        for file, _ in picked:
+            try:
+                self._studio.add_picture(session, Path(file))
+            except Exception as error:
+                problems.append(explain(error))
+        return self._shown(session, list(prompts), problems)
+
+    # Gradio passes the request to functions whose hints ask for it, which those of a partial do not.
+
+    def _example(self, shown: list[tuple[str, str]]) -> Callable[..., Updates]:
+        def load(request: gr.Request) -> Updates:
+            session = self._studio.session(key_of(request))
+            session.pictures.clear()
+            for name, _ in shown:
+                self._studio.add_picture(session, ASSETS / "demo" / f"{name}.png", ours=True)
+            return self._shown(session, [prompt for _, prompt in shown])
+
+        return load
+
+    def _change(self, i: int, what: str) -> Callable[..., Updates]:
+        def change(request: gr.Request, *prompts: str) -> Updates:
+            session = self._studio.session(key_of(request))
+            pictures, texts = session.pictures, list(prompts)
+            j = i + (1 if what == "later" else -1)
+            if what == "remove" and i < len(pictures):
+                pictures.pop(i).file.unlink(missing_ok=True)
+                texts = [*texts[:i], *texts[i + 1 :], ""]
+            elif 0 <= min(i, j) and max(i, j) < len(pictures):
+                pictures[i], pictures[j] = pictures[j], pictures[i]
+                texts[i], texts[j] = texts[j], texts[i]
+            return self._shown(session, texts)
+
+        return change
+
+    def _shown(self, session: Session, prompts: list[str], problems: list[str] | None = None) -> Updates:
+        updates: Updates = {
+            self.pick: None,
+            self.note: gr.update(value=html.note(" ".join(problems or []), "error"), visible=bool(problems)),
+        }
+        for i in range(MAX_PICTURES):
+            here = i < len(session.pictures)
+            updates[self.rows[i]] = gr.update(visible=here)
+            updates[self.prompts[i]] = prompts[i] if here and i < len(prompts) else ""
+            if here:
+                picture = session.pictures[i]
+                updates[self.thumbs[i]] = html.thumbnail(load_image(picture.file), picture.name)
+        return updates
+
+
+class Result:
+    """The button, the progress, and the film with all that can be had from it."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    def buttons(self) -> None:
+        """Morph, Cancel and the progress."""
+        with gr.Row(elem_id="run"):
+            self.morph = gr.Button("Morph", variant="primary", size="lg", elem_id="morph")
+            self.cancel = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id="cancel")
+        self.status = gr.HTML(elem_id="status")
+        self.cancel.click(self._cancel, None, None, **quietly())
+
+    def film(self) -> None:
+        """The right-hand column."""
+        self.empty = gr.HTML(
+            '<div class="empty"><p>Your film appears here.</p><p>Add two pictures and press <b>Morph</b>.</p></div>',
+            elem_id="empty",
+        )
+        with gr.Column(visible=False, elem_id="result") as self.panel:
+            with gr.Row(elem_id="views"):
+                with gr.Column():
+                    gr.HTML("<h2>The film</h2>")
+                    # Browsers leave a film alone that is put into a page that stands already.
+                    self.video = gr.HTML(
+                        elem_id="film",
+                        js_on_load="""const play = () => {
+                            element.querySelector('video')?.play().catch(() => {});
+                            if (innerWidth < 700) element.scrollIntoView({block: 'center', behavior: 'smooth'});
+                        };
+                        watch('value', play);
+                        play();""",
+                    )
+                with gr.Column():
+                    gr.HTML("<h2>Any position between</h2>")
+                    self.frame = gr.HTML(elem_id="frame")
+            self.alpha = gr.Slider(0, 1, 0, step=0.01, label="Position", elem_id="alpha", buttons=[])
+            self.strip = gr.HTML(
+                elem_id="strip",
+                js_on_load="""element.addEventListener('click', (event) => {
+                    const button = event.target.closest('button[data-alpha]');
+                    if (button) trigger('pick', {alpha: Number(button.dataset.alpha)});
+                });""",
+            )
+            gr.HTML("<h2>Download</h2>")
+            self.downloads = gr.HTML(elem_id="downloads")
+            gr.HTML("<h2>Evenness</h2>")
+            self.chart = gr.HTML(elem_id="chart")
+            with gr.Accordion("The same film again", open=False, elem_id="again"):
+                self.command = gr.Textbox(label="Command line", lines=3, interactive=False, elem_id="command")
+                self.copy = gr.Button("Copy as command", size="sm", elem_id="copy")
+                self.settings = gr.JSON(label="Settings, as they are in the film's metadata", elem_id="settings")
+        self.outputs = [
+            *(self.morph, self.cancel, self.status, self.empty, self.panel, self.video, self.downloads, self.alpha),
+            *(self.frame, self.strip, self.chart, self.command, self.settings),
+        ]
+        self.alpha.input(self._nearest, self.alpha, self.frame, **quietly(trigger_mode="always_last"))
+        self.alpha.release(
+            self._sampled,
+            self.alpha,
+            self.frame,
+            **quietly(queue=True, concurrency_limit=None, trigger_mode="always_last"),
+        )
+        self.strip.pick(self._picked, None, [self.alpha, self.frame], **quietly())
+        self.copy.click(
+            None,
+            self.command,
+            None,
+            js="""async (text) => {
+                const button = document.querySelector('#copy');
+                try { await navigator.clipboard.writeText(text); button.innerText = 'Copied'; }
+                catch { document.querySelector('#command textarea').select(); document.execCommand('copy'); }
+            }""",
+        )
+
+    def after(self, run: Any) -> None:
+        """What follows a run: the other formats are written while the film plays already."""
+        run.then(
+            self._write_downloads,
+            None,
+            self.downloads,
+            **quietly(queue=True, concurrency_limit=None),
+        )
+
+    # ---- a run
+
+    async def follow(self, start: Callable[[], Job]) -> AsyncIterator[Updates]:
+        """Start a job in a thread, tell of it until it is done, show the film or say why there is none."""
+        yield {self.morph: gr.update(interactive=False), self.status: html.note("Starting …")}
+        idle = {self.morph: gr.update(interactive=True), self.cancel: gr.update(visible=False)}
+        job: Job | None = None
+        try:
+            job = await asyncio.to_thread(start)
+            yield {self.cancel: gr.update(visible=True), self.status: html.progress(job)}
+            shown = ""
+            while not job.done.is_set():
+                await asyncio.sleep(LOOK)
+                now = html.progress(job)
+                if now != shown:
+                    yield {self.status: now}
+                shown = now
+            if job.error is not None:
+                raise job.error
+        except Cancelled:
+            yield {**idle, self.status: html.note("Cancelled.")}
+            return
+        except Exception as error:
+            yield {**idle, self.status: html.note(explain(error), "error")}
+            return
+        finally:
+            if job is not None and not job.done.is_set():
+                job.cancel()  # the visitor left
+        yield idle | self._shown(job.result)
+
+    def _cancel(self, request: gr.Request) -> None:
+        job = self._studio.session(key_of(request)).jobs.get("morph")
+        if job:
+            job.cancel()
+
+    def _shown(self, film: Film) -> Updates:
+        result, path = film.result, film.result.path
+        last = path.num_images if path.loop else path.num_images - 1
+        return {
+            self.status: html.note(f"Done in {film.seconds:.0f} s: {len(result.frames)} frames."),
+            self.empty: gr.update(visible=False),
+            self.panel: gr.update(visible=True),
+            self.video: html.video(file_url(film.video), film.name),
+            self.downloads: html.downloads({"mp4": (file_url(film.video), film.video)}, list(html.DOWNLOADS)),
+            self.alpha: gr.update(
+                value=0,
+                maximum=last,
+                info=f"0 is the first picture, {last} is "
+                + ("the first again." if path.loop else "the last.")
+                + " Let go for a new frame.",
+            ),
+            self.frame: html.frame(result.frames[0], 0),
+            self.strip: html.strip(result.frames, result.alphas),
+            self.chart: html.chart(result.distances_before, result.distances),
+            self.command: film.command
+            or "A film from a saved path has no command; in Python: MorphPath.load(file, morpher).",
+            self.settings: film.metadata,
+        }
+
+    async def _write_downloads(self, request: gr.Request) -> AsyncIterator[str]:
+        session = self._studio.session(key_of(request))
+        film, links = session.film, {}
+        if film is None:
+            return
+        writers = self._studio.files(film)
+        for kind, write in writers.items():
+            try:
+                file = await asyncio.to_thread(write)
+            except (DiffMorpherError, OSError):
+                return  # the film's folder is gone: another one was made, or the visitor left
+            links[kind] = (file_url(file), file)
+            yield html.downloads(links, list(writers))
+
+    # ---- frames at any position
+
+    def _nearest(self, alpha: float, request: gr.Request) -> Any:
+        film = self._studio.session(key_of(request)).film
+        if film is None:
+            return gr.skip()
+        i = min(range(len(film.result.alphas)), key=lambda i: abs(film.result.alphas[i] - alpha))
+        return html.frame(film.result.frames[i], film.result.alphas[i])
+
+    async def _sampled(self, alpha: float, request: gr.Request) -> AsyncIterator[Any]:
+        session = self._studio.session(key_of(request))
+        try:
+            job = self._studio.frame_at(session, float(alpha))
+            while not job.done.is_set():
+                await asyncio.sleep(LOOK / 3)
+            if job.error is not None:
+                raise job.error
+        except Cancelled:
+            return  # the slider was moved on
+        except Exception as error:
+            yield html.note(explain(error), "error")
+            return
+        yield html.frame(job.result, alpha)
+
+    def _picked(self, event: gr.EventData, request: gr.Request) -> Updates:
+        film = self._studio.session(key_of(request)).film
+        alphas = film.result.alphas if film else []
+        chosen = [i for i, alpha in enumerate(alphas) if abs(alpha - float(event.alpha)) < 1e-5]
+        if film is None or not chosen:
+            return {self.alpha: gr.skip()}
+        alpha = alphas[chosen[0]]
+        return {self.alpha: round(alpha, 2), self.frame: html.frame(film.result.frames[chosen[0]], alpha)}
+
+
+def file_url(file: Path) -> str:
+    """Where gradio serves a file of a visitor's folder, relative to the page."""
+    return "gradio_api/file=" + quote(str(file))

@@ -1,0 +1,309 @@
+"""Models of every supported kind, by every way of naming one, and clear words for the others."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import save_file
+from torch.testing import assert_close
+
+from conftest import tiny_pipeline
+from diffmorpher import FitConfig, Morpher, SampleConfig
+from diffmorpher.errors import ConfigError, ModelError
+from diffmorpher.models.catalog import CATALOG, check_model
+from diffmorpher.models.loading import choose_device, choose_dtype
+from diffmorpher.models.stable_diffusion import StableDiffusion
+
+PICTURES = [Image.effect_noise((40, 32), s).convert("RGB") for s in (20, 90)]
+QUICK: dict[str, Any] = {"num_frames": 3, "fit": FitConfig(rank=2, steps=1), "sample": SampleConfig(steps=2)}
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("linear", [False, True], ids=["sd1", "sd2"])
+def test_sd1_and_sd2_load_from_a_folder_and_morph(tmp_path: Path, prediction_type: str, linear: bool) -> None:
+    tiny_pipeline(prediction_type, linear=linear).save_pretrained(tmp_path / "model")
+    morpher = Morpher.from_pretrained(str(tmp_path / "model"), device="cpu")
+    assert morpher.backbone.prediction_type == prediction_type
+    result = morpher(PICTURES, "noise", **QUICK)
+    assert [f.size for f in result.frames] == [(32, 32)] * 3
+
+
+def test_a_checkpoint_that_ships_pndm_is_sampled_with_ddim() -> None:
+    pipe = tiny_pipeline()
+    pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    with_pndm, with_ddim = Morpher(pipe).backbone.schedule(10), StableDiffusion(tiny_pipeline()).schedule(10)
+    assert with_pndm.timesteps == with_ddim.timesteps
+    assert_close(with_pndm.a, with_ddim.a)
+    assert isinstance(pipe.scheduler, PNDMScheduler)
+
+
+def test_a_single_safetensors_file_in_the_original_layout_is_the_same_model(tmp_path: Path) -> None:
+    """The tiny model's weights under the original Stable Diffusion's names, its configuration in a folder beside it."""
+    pipe = tiny_pipeline(cross_attention_dim=32, layers_per_block=2, down_block_types=("CrossAttnDownBlock2D",) * 2)
+    pipe.unet, pipe.vae = pipe.unet.eval(), pipe.vae.eval()
+    file = tmp_path / "model.safetensors"
+    save_file(original_layout(pipe), file)
+    pipe.save_pretrained(tmp_path / "model")
+    for weights in (tmp_path / "model").glob("*/*.safetensors"):
+        weights.unlink()  # only the configuration may come from there
+    loaded = Morpher.from_pretrained(str(file), device="cpu")
+    z, c = torch.randn(1, 4, 8, 8), torch.randn(1, 6, 32)
+    with torch.no_grad():
+        assert_close(loaded.backbone.predict_noise(z, 500, c), StableDiffusion(pipe).predict_noise(z, 500, c))
+        assert_close(loaded.backbone.encode_prompts(["a cat"]), StableDiffusion(pipe).encode_prompts(["a cat"]))
+        assert_close(loaded.backbone.decode(z), StableDiffusion(pipe).decode(z))
+
+
+def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+    """Diffusers' names to the original ones, written from the original U-Net's and autoencoder's numbering."""
+    out: dict[str, torch.Tensor] = {}
+    resnet = {
+        "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    per_block = pipe.unet.config.layers_per_block
+
+    def put(prefix: str, module: torch.nn.Module, names: dict[str, str] | None = None) -> None:
+        for key, value in module.state_dict().items():
+            for ours, theirs in (names or {}).items():
+                if key.startswith(ours + "."):
+                    key = theirs + key.removeprefix(ours)
+                    break
+            out[f"{prefix}.{key}"] = value.contiguous()
+
+    unet, model = pipe.unet, "model.diffusion_model"
+    put(f"{model}.time_embed.0", unet.time_embedding.linear_1)
+    put(f"{model}.time_embed.2", unet.time_embedding.linear_2)
+    put(f"{model}.input_blocks.0.0", unet.conv_in)
+    put(f"{model}.out.0", unet.conv_norm_out)
+    put(f"{model}.out.2", unet.conv_out)
+    for i, block in enumerate(unet.down_blocks):
+        for j, layer in enumerate(block.resnets):
+            n = i * (per_block + 1) + 1 + j
+            put(f"{model}.input_blocks.{n}.0", layer, resnet)
+            put(f"{model}.input_blocks.{n}.1", block.attentions[j])
+        if block.downsamplers:
+            put(f"{model}.input_blocks.{(i + 1) * (per_block + 1)}.0.op", block.downsamplers[0].conv)
+    put(f"{model}.middle_block.0", unet.mid_block.resnets[0], resnet)
+    put(f"{model}.middle_block.1", unet.mid_block.attentions[0])
+    put(f"{model}.middle_block.2", unet.mid_block.resnets[1], resnet)
+    for i, block in enumerate(unet.up_blocks):
+        attended = hasattr(block, "attentions")
+        for j, layer in enumerate(block.resnets):
+            n = i * (per_block + 1) + j
+            put(f"{model}.output_blocks.{n}.0", layer, resnet)
+            if attended:
+                put(f"{model}.output_blocks.{n}.1", block.attentions[j])
+        if block.upsamplers:
+            last = i * (per_block + 1) + per_block
+            put(f"{model}.output_blocks.{last}.{2 if attended else 1}.conv", block.upsamplers[0].conv)
+
+    vae, stage, levels = pipe.vae, "first_stage_model", len(pipe.vae.config.block_out_channels)
+    shortcut = {"conv_shortcut": "nin_shortcut"}
+    for side, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
+        put(f"{stage}.{side}.conv_in", half.conv_in)
+        put(f"{stage}.{side}.norm_out", half.conv_norm_out)
+        put(f"{stage}.{side}.conv_out", half.conv_out)
+        put(f"{stage}.{side}.mid.block_1", half.mid_block.resnets[0])
+        put(f"{stage}.{side}.mid.block_2", half.mid_block.resnets[1])
+        attention = half.mid_block.attentions[0]
+        put(f"{stage}.{side}.mid.attn_1.norm", attention.group_norm)
+        projections = {"q": attention.to_q, "k": attention.to_k, "v": attention.to_v, "proj_out": attention.to_out[0]}
+        for name, linear in projections.items():
+            out[f"{stage}.{side}.mid.attn_1.{name}.weight"] = linear.weight.detach()[:, :, None, None].contiguous()
+            out[f"{stage}.{side}.mid.attn_1.{name}.bias"] = linear.bias.detach()
+    for i, block in enumerate(vae.encoder.down_blocks):
+        for j, layer in enumerate(block.resnets):
+            put(f"{stage}.encoder.down.{i}.block.{j}", layer, shortcut)
+        if block.downsamplers:
+            put(f"{stage}.encoder.down.{i}.downsample.conv", block.downsamplers[0].conv)
+    for i, block in enumerate(vae.decoder.up_blocks):
+        for j, layer in enumerate(block.resnets):
+            put(f"{stage}.decoder.up.{levels - 1 - i}.block.{j}", layer, shortcut)
+        if block.upsamplers:
+            put(f"{stage}.decoder.up.{levels - 1 - i}.upsample.conv", block.upsamplers[0].conv)
+    put(f"{stage}.quant_conv", vae.quant_conv)
+    put(f"{stage}.post_quant_conv", vae.post_quant_conv)
+    put("cond_stage_model.transformer", pipe.text_encoder)
+    if not any(k.startswith("cond_stage_model.transformer.text_model.") for k in out):
+        put("cond_stage_model.transformer.text_model", pipe.text_encoder)
+    return {k: v.clone() for k, v in out.items()}
+
+
+def test_latents_are_scaled_and_shifted_by_the_config() -> None:
+    pipe = tiny_pipeline(shift_factor=0.7)
+    backbone, pixels = StableDiffusion(pipe), torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean, std = backbone.encode(pixels)
+        raw = pipe.vae.encode(pixels).latent_dist
+        assert_close(mean, (raw.mean - 0.7) * 0.31)
+        assert_close(std, raw.std * 0.31)
+        assert_close(backbone.decode(mean), pipe.vae.decode(raw.mean).sample.clamp(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_encoded_as_the_pipeline_does_and_cut_with_a_warning() -> None:
+    pipe = tiny_pipeline()
+    backbone = StableDiffusion(pipe)
+    with torch.no_grad():
+        got = backbone.encode_prompts(["a red apple", ""])
+        want = pipe.encode_prompt(["a red apple", ""], "cpu", 1, False)[0]
+        assert_close(got, want)
+        text = " ".join(["apple"] * 40)
+        count = len(pipe.tokenizer(text).input_ids)
+        assert count >= 42  # start, end, and a token or more for each word
+        with pytest.warns(UserWarning, match=f"has {count} tokens; the model reads the first 24"):
+            long = backbone.encode_prompts([text])
+    assert long.shape == (1, 24, 32)
+
+
+def test_sizes_follow_the_model_and_are_checked() -> None:
+    morpher = Morpher(tiny_pipeline())
+    fit = None
+    assert morpher.prepare(PICTURES, fit=fit, steps=1).latents.shape == (2, 4, 8, 8)
+    assert morpher.prepare(PICTURES, fit=fit, steps=1, size=(48, 20)).latents.shape == (2, 4, 5, 12)
+    for size, near in (((33, 32), "33 take 32"), ((32, 0), "0 take 8"), ((32, 10000), "10000 take 4096")):
+        with pytest.raises(ConfigError, match=f"multiple of 4 .* for {near}"):
+            morpher.prepare(PICTURES, fit=fit, size=size)
+
+
+def test_half_precision_weights_morph_too() -> None:
+    pipe = tiny_pipeline()
+    pipe.to(torch.bfloat16)
+    result = Morpher(pipe)(PICTURES, "noise", **QUICK)
+    assert len(result.frames) == 3 and all(d == d for d in result.distances)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("minni", "did you mean 'mini'"),
+        ("no-such-model", "use one of mini"),
+        ("./nowhere", "not known"),
+        ("nowhere.safetensors", "does not exist"),
+        ("model.ckpt", "can run code"),
+        ("{empty}", "no model_index.json"),
+        ("{text}.safetensors", "could not be loaded"),
+        ("{broken}", "could not be loaded"),
+    ],
+)
+def test_a_model_that_cannot_be_is_said_so(tmp_path: Path, model: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.safetensors").write_text("not a model")
+    tiny_pipeline().save_pretrained(tmp_path / "broken")
+    (tmp_path / "broken" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"0" * 100)
+    model = model.format(**{n: str(tmp_path / n) for n in ("empty", "text", "broken")})
+    with pytest.raises(ModelError, match=message) as caught:
+        Morpher.from_pretrained(model, device="cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_pipelines_of_other_kinds_are_refused() -> None:
+    inpainting = tiny_pipeline(in_channels=9)
+    with pytest.raises(ModelError, match="9 channels where the VAE gives 4"):
+        Morpher(inpainting)
+    sdxl = tiny_pipeline()
+    sdxl.text_encoder_2 = sdxl.text_encoder
+    with pytest.raises(ModelError, match="SDXL"):
+        Morpher(sdxl)
+    with pytest.raises(ModelError, match="lacks unet, vae"):
+        Morpher(SimpleNamespace())
+    sample_prediction = tiny_pipeline("sample")
+    with pytest.raises(ModelError, match="'sample'"):
+        Morpher(sample_prediction)
+
+
+def test_devices_and_dtypes_are_checked() -> None:
+    with pytest.raises(ModelError, match="'gpu'.*try"):
+        choose_device("gpu")
+    with pytest.raises(ModelError, match="'float8'.*float32"):
+        choose_dtype("float8", torch.device("cpu"))
+    assert choose_dtype(None, torch.device("cpu")) == torch.float32
+    assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
+
+
+def test_the_catalogs_names_and_hub_ids_pass_without_loading() -> None:
+    for name in [*CATALOG, "owner/name", "stable-diffusion-v1-5/stable-diffusion-v1-5"]:
+        check_model(name)
+
+
+def test_signatures_tell_models_apart_in_any_dtype() -> None:
+    signature = StableDiffusion(tiny_pipeline(seed=0)).signature()
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        pipe = tiny_pipeline(seed=0)
+        pipe.to(dtype)
+        assert StableDiffusion(pipe).has_signature(signature)
+    assert not StableDiffusion(tiny_pipeline(seed=1)).has_signature(signature)
+    assert not StableDiffusion(tiny_pipeline(seed=0, block_out_channels=(16, 32))).has_signature(signature)
+
+
+def test_the_schedule_does_not_move_to_the_samples_device() -> None:
+    """Diffusers' scheduler carries its table to the device of what it noises; then a later schedule would mix devices."""
+    backbone = StableDiffusion(tiny_pipeline("v_prediction"))
+    z = torch.zeros(1, 4, 8, 8, device="meta")
+    backbone.add_noise(z, z, 5)
+    backbone.training_target(z, z, 5)
+    assert backbone.schedule(5).a.device.type == "cpu"
+
+
+@pytest.mark.parametrize("steps", [1, 2, 999, 1000])
+def test_extreme_step_counts_have_a_schedule(steps: int) -> None:
+    schedule = StableDiffusion(tiny_pipeline()).schedule(steps)
+    assert len(schedule) == steps == len(schedule.a) - 1 and max(schedule.timesteps) <= 999
+
+
+def test_a_single_sd2_file_needs_its_configuration(tmp_path: Path) -> None:
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({key: torch.zeros(320, 1024)}, tmp_path / "v2.safetensors")
+    with pytest.raises(ModelError, match=r"epsilon or v; put its diffusers configuration into the folder .*v2\."):
+        Morpher.from_pretrained(str(tmp_path / "v2.safetensors"), device="cpu")
+
+
+def test_a_pipeline_with_adapters_says_how_to_go_on() -> None:
+    from peft import LoraConfig
+
+    pipe = tiny_pipeline()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ModelError, match="unload_lora_weights"):
+        Morpher(pipe)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    pipe = tiny_pipeline()
+    pipe.to("cuda", dtype)
+    result = Morpher(pipe)(PICTURES, "noise", **QUICK)
+    assert len(result.frames) == 3 and all(d == d for d in result.distances)
+
+
+def test_model_offload_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under offload the weights lie on the CPU between calls; inputs must go where the pipeline says it runs."""
+    pipe = tiny_pipeline()
+    monkeypatch.setattr(type(pipe), "_execution_device", property(lambda self: torch.device("meta")))
+    assert StableDiffusion(pipe).device.type == "meta"
+
+
+def test_nothing_brings_torchvision_in() -> None:
+    Morpher(tiny_pipeline())(PICTURES, "noise", **QUICK)
+    assert not {"torchvision", "stlpips_pytorch", "lpips"} & set(sys.modules)
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_tf32_is_used_only_when_asked_for(tf32: bool) -> None:
+    """torch rounds float32 convolutions on a GPU to TF32 unless told not to; what was set is set again afterwards."""
+    places = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [place.allow_tf32 for place in places]
+    assert before == [False, True]
+    morpher, seen = Morpher(tiny_pipeline(), tf32=tf32), set()
+    for part in (morpher.pipe.unet, morpher.pipe.vae.decoder):
+        part.register_forward_hook(lambda *_: seen.add(tuple(place.allow_tf32 for place in places)))
+    morpher(PICTURES, "noise", **QUICK)
+    assert seen == {(tf32, tf32)}
+    assert [place.allow_tf32 for place in places] == before

@@ -1,0 +1,333 @@
+"""What stands behind the web page, without gradio and browser: settings, their command line, the line of jobs, visitors."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffmorpher import FitConfig, Morpher, SampleConfig
+from diffmorpher.cli.checks import check_port, parse_auth
+from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError
+from diffmorpher.files.films import read_settings
+from diffmorpher.models.catalog import ASSETS
+from diffmorpher.web.html import chart, frame, progress, strip
+from diffmorpher.web.jobs import Session, Studio, check_picture, explain
+from diffmorpher.web.line import LONGEST_LINE, Job, Line
+from diffmorpher.web.settings import Settings, different_names, film_name
+
+DEMO = ASSETS / "demo"
+SMALL: dict[str, Any] = {"frames": 3, "steps": 2, "lora_steps": 1}
+
+
+# ---- settings and the command
+
+
+def test_defaults_are_those_of_the_command_line() -> None:
+    assert Settings.checked() == Settings()
+    assert Settings().command(["a.png", "b.png"], ["", ""]) == "diffmorpher morph a.png b.png -o a-b.mp4"
+    assert Settings().fit_config(FitConfig(steps=7)) == FitConfig(steps=7)
+    own = SampleConfig(steps=7, exact_ends=True)
+    assert Settings().sample_config(own) == own and Settings(steps=3).sample_config(own).steps == 3
+
+
+def test_the_command_says_what_differs_and_quotes_what_a_shell_would_split() -> None:
+    settings = Settings.checked(
+        frames=24.0,
+        fps="12",
+        loop=True,
+        ping_pong=True,
+        size="256×192",
+        lora_lr="0.0001",
+        adain=False,
+        reschedule=False,
+    )
+    line = settings.command(["my cat.png", "-dog.png"], ["a cat", "a dog's nose"])
+    assert shlex.split(line) == [
+        *("diffmorpher", "morph", "my cat.png", "./-dog.png", "-p", "a cat", "-p", "a dog's nose"),
+        *("-o", "my cat--dog.mp4", "--frames", "24", "--fps", "12", "--loop", "--ping-pong", "--size", "256x192"),
+        *("--lora-lr", "0.0001", "--no-adain", "--no-reschedule"),
+    ]
+    assert "-p 'a pet'" in Settings().command(["a.png", "b.png"], ["a pet", "a pet"])
+    with_loras = Settings(lora_steps=5).command(["a.png", "b.png"], ["", ""], ["a.safetensors", "b.safetensors"])
+    assert with_loras.count("--lora ") == 2 and "--lora-steps" not in with_loras
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"no_lora": True, "fix_lora": 0.5, "guidance": 2.5, "seed": 7, "resize": "pad", "attention_lambda": 0.25},
+        {"lora_steps": 9, "lora_rank": 4, "loop": True, "ping_pong": True, "model": "sd15"},
+    ],
+)
+def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, Any], monkeypatch: Any) -> None:
+    from diffmorpher import cli
+
+    command = Settings.checked(**settings).command([str(DEMO / "pear.png"), str(DEMO / "rose.png")], ["a", "b"])
+    monkeypatch.setattr(cli, "_load", _stop)
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 1  # it came as far as loading the model: all options were understood
+
+
+def _stop(*_: object) -> None:
+    raise DiffMorpherError("far enough")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"frames": 2.5}, "frames is 2.5, but must be a whole number"),
+        ({"frames": 1}, "frames is 1, but must be at least 2"),
+        ({"frames": 241}, "at most 240 on this page"),
+        ({"steps": 1000}, "at most 200 on this page"),
+        ({"size": "2048x2048"}, "at most 1024 on this page"),
+        ({"size": "big"}, "not of the form WxH"),
+        ({"lora_lr": "nan"}, "lora lr is 'nan', but must be a number"),
+        ({"lora_steps": "0"}, "LoRA steps"),
+        ({"adain": "yes"}, "must be true or false"),
+        ({"resize": "squash"}, "'crop' or 'pad'"),
+        ({"seed": -1}, "seed"),
+        ({"fps": 0}, "fps"),
+    ],
+)
+def test_a_bad_setting_is_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(DiffMorpherError, match=message):
+        Settings.checked(**values)
+
+
+def test_names() -> None:
+    assert different_names(["image.png", "image.png", "image-2.png"]) == ["image.png", "image-2.png", "image-2-2.png"]
+    assert film_name(["cat.png", "dog.jpg"]) == "cat-dog"
+
+
+def test_what_the_command_refuses(tmp_path: Path) -> None:
+    assert parse_auth("ann:a:b") == ("ann", "a:b") and parse_auth(None) is None
+    with pytest.raises(ConfigError, match="such as ann:secret"):
+        parse_auth("secret")
+    with pytest.raises(ConfigError, match="the port is 70000"):
+        check_port(70000)
+    (tmp_path / "gradio.py").write_text("raise ModuleNotFoundError('No module named gradio', name='gradio')")
+    done = subprocess.run(
+        [sys.executable, "-m", "diffmorpher", "web"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "diffmorpher: error: the page needs another package: pip install 'diffmorpher[web]'.\n"
+
+
+# ---- the line
+
+
+def wait(job: Job) -> Any:
+    assert job.done.wait(60)
+    if job.error:
+        raise job.error
+    return job.result
+
+
+def test_jobs_run_one_at_a_time_in_order_and_know_their_place() -> None:
+    line, gate, started, order = Line(), threading.Event(), threading.Event(), []
+    line.submit(lambda _: (started.set(), gate.wait(30)))
+    rest = [line.submit(lambda _, i=i: order.append(i)) for i in range(3)]  # type: ignore[misc]
+    assert started.wait(10)
+    assert [job.ahead for job in rest] == [1, 2, 3]
+    assert "2 jobs are before yours" in progress(rest[1])
+    rest[1].cancel()
+    assert [job.ahead for job in rest] == [1, 0, 2]
+    gate.set()
+    wait(rest[2])
+    assert order == [0, 2]
+    with pytest.raises(Cancelled):
+        wait(rest[1])
+
+
+def test_a_cancelled_job_stops_at_its_next_step_and_a_broken_one_does_not_stop_the_line() -> None:
+    line, steps = Line(), []
+
+    def work(report: Any) -> None:
+        for i in range(1000):
+            report("fit", i, 1000)
+            steps.append(i)
+            time.sleep(0.01)
+
+    job = line.submit(work)
+    while len(steps) < 3:
+        time.sleep(0.005)
+    assert "left" in progress(job) and "of 1000" in progress(job)
+    job.cancel()
+    with pytest.raises(Cancelled):
+        wait(job)
+    count = len(steps)
+    assert isinstance(_failed(line.submit(lambda _: 1 / 0)), ZeroDivisionError)
+    assert wait(line.submit(lambda _: 5)) == 5
+    assert len(steps) == count < 100
+
+
+def _failed(job: Job) -> Exception | None:
+    job.done.wait(30)
+    return job.error
+
+
+def test_the_line_has_an_end() -> None:
+    line, gate, started = Line(), threading.Event(), threading.Event()
+    line.submit(lambda _: (started.set(), gate.wait(30)))
+    assert started.wait(10)
+    for _ in range(LONGEST_LINE):
+        line.submit(lambda _: None)
+    with pytest.raises(DiffMorpherError, match="Too many people are waiting"):
+        line.submit(lambda _: None)
+    gate.set()
+
+
+# ---- visitors
+
+
+@pytest.fixture
+def studio(tmp_path: Path, loaded_mini: Morpher) -> Iterator[Studio]:
+    studio = Studio(tmp_path / "root")
+    studio._morpher, studio._model = loaded_mini, "mini"
+    yield studio
+    studio.close()
+    assert not studio.root.exists()
+
+
+def visit(studio: Studio, key: str, *names: str) -> Session:
+    session = studio.session(key)
+    for name in names:
+        studio.add_picture(session, DEMO / f"{name}.png", ours=True)
+    return session
+
+
+def morph(studio: Studio, session: Session, **settings: Any) -> Any:
+    chosen = Settings.checked(**(SMALL | settings))
+    return wait(studio.morph(session, chosen, session.pictures, [""] * len(session.pictures)))
+
+
+def test_a_film_and_the_fit_that_is_found_again(studio: Studio) -> None:
+    ann, bob = visit(studio, "ann", "pear", "rose"), visit(studio, "bob", "pear", "rose")
+    film = morph(studio, ann)
+    assert film.metadata == read_settings(film.video) and film.metadata["fps"] == 8
+    assert film.command.startswith("diffmorpher morph pear.png rose.png -o pear-rose.mp4 --frames 3")
+    stages: list[set[str]] = []
+    for settings in ({"frames": 4}, {"loop": True}, {"steps": 3}, {"lora_steps": 2}, {"seed": 1}):
+        job = studio.morph(bob, Settings.checked(**(SMALL | settings)), bob.pictures, ["", ""])
+        wait(job)
+        stages.append(set(job.stages))
+    assert ["fit" in seen for seen in stages] == [False, False, False, True, True]
+    assert "invert" in stages[2]
+    # Each samples his own film, at his own settings.
+    one, two = wait(studio.frame_at(ann, 0.5)), wait(studio.frame_at(bob, 0.5))
+    assert one.size == two.size and one.tobytes() != two.tobytes()
+    assert one.tobytes() == film.result.frames[1].tobytes()
+
+
+def test_downloads_hold_what_they_say(studio: Studio) -> None:
+    ann = visit(studio, "ann", "pear", "rose")
+    film = morph(studio, ann, ping_pong=True)
+    files = {kind: write() for kind, write in studio.files(film).items()}
+    assert list(files) == ["mp4", "gif", "webp", "frames", "path", "loras"]
+    with Image.open(files["gif"]) as gif:
+        assert getattr(gif, "n_frames", 1) == 4  # three there, one back
+    again = studio.morph(ann, Settings.checked(**SMALL), [], [], path_file=files["path"])
+    assert wait(again).result.frames[1].tobytes() == film.result.frames[1].tobytes()
+    assert "loras" not in studio.files(morph(studio, ann, no_lora=True))
+    assert not files["path"].exists(), "the film before is still there"
+
+
+def test_a_visitor_who_leaves_takes_everything_along(studio: Studio, tmp_path: Path) -> None:
+    upload = shutil.copy(DEMO / "pear.png", tmp_path / "pear.png")
+    ann, bob = studio.session("ann"), studio.session("bob")
+    for session in (ann, bob):
+        studio.add_picture(session, Path(upload))  # the same bytes: one file, as gradio keeps uploads by content
+    studio.end("ann")
+    assert not ann.folder.exists() and Path(upload).exists()
+    assert load(bob) == 1
+    studio.end("bob")
+    assert not Path(upload).exists()
+    # One who leaves while his film is being made.
+    cat = visit(studio, "cat", "pear", "rose")
+    job = studio.morph(cat, Settings.checked(**(SMALL | {"lora_steps": 500})), cat.pictures, ["", ""])
+    while "fit" not in job.stages:
+        time.sleep(0.01)
+    studio.end("cat")
+    with pytest.raises(Cancelled):
+        wait(job)
+    assert not cat.folder.exists()
+
+
+def load(session: Session) -> int:
+    return sum(picture.file.is_file() for picture in session.pictures)
+
+
+def test_what_cannot_work_is_said_before_the_line(studio: Studio, tmp_path: Path) -> None:
+    ann = visit(studio, "ann", "pear", "rose")
+    with pytest.raises(ConfigError, match="at least two images"):
+        studio.morph(ann, Settings(), ann.pictures[:1], [""])
+    with pytest.raises(ImageError, match="'pear.png' and 'pear.png' are the same picture"):
+        studio.morph(ann, Settings(), [ann.pictures[0]] * 2, ["", ""])
+    with pytest.raises(DiffMorpherError, match="the model 'minni' is not known; did you mean 'mini'"):
+        studio.morph(ann, Settings(model="minni"), ann.pictures, ["", ""])
+    public = Studio(tmp_path / "public", {"mini"})
+    with pytest.raises(ConfigError, match="'/etc' cannot be chosen here; take one of mini"):
+        public.morph(ann, Settings(model="/etc"), ann.pictures, ["", ""])
+    Image.new("L", (10_000, 5_001)).save(tmp_path / "huge.png")
+    with pytest.raises(ImageError, match="'huge.png' has 50 megapixels: at most 50"):
+        check_picture(tmp_path / "huge.png")
+
+
+def test_errors_for_people_tell_nothing_of_the_machine() -> None:
+    assert explain(ConfigError("frames is 1.")) == "Frames is 1."
+    assert explain(RuntimeError("CUDA out of memory")) == (
+        "The machine ran out of memory: try a smaller size or fewer pictures."
+    )
+    assert "/secret" not in explain(ValueError("/secret/place"))
+
+
+def test_pieces_of_html_escape_names_and_draw_every_gap() -> None:
+    picture = Image.new("RGB", (8, 8))
+    assert strip([picture] * 3, [0, 0.5, 1]).count("<img") == 3
+    assert "0.25" in frame(picture, 0.25)
+    drawn = chart([0.1, 0.3], [0.2, 0.2])
+    assert drawn.count("<polyline") == 2 and chart([], [0.2]).count("<polyline") == 1
+    from diffmorpher.web.html import note, thumbnail
+
+    assert "<script" not in note("<script>") + thumbnail(picture, '"><script>')
+
+
+def test_a_film_that_is_gone_is_not_found(tmp_path: Path) -> None:
+    """A page that is left takes its films with it; its browser may still ask for one."""
+    from starlette.applications import Starlette
+    from starlette.middleware import Middleware
+    from starlette.responses import FileResponse
+    from starlette.routing import Route
+    from starlette.testclient import TestClient
+
+    from diffmorpher.web.page import Guard
+
+    def breaks(request: object) -> None:
+        raise RuntimeError("something else")
+
+    routes = [Route("/film.mp4", lambda request: FileResponse(tmp_path / "film.mp4")), Route("/breaks", breaks)]
+    client = TestClient(Starlette(routes=routes, middleware=[Middleware(Guard)]))
+    assert client.get("/film.mp4").status_code == 404
+    (tmp_path / "film.mp4").write_bytes(b"a film")
+    found = client.get("/film.mp4")
+    assert found.status_code == 200 and found.content == b"a film" and "content-security-policy" in found.headers
+    with pytest.raises(RuntimeError, match="something else"):
+        client.get("/breaks")

@@ -1,0 +1,498 @@
+"""The web page, driven in a real browser as a person would, and through `gradio_client`."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import quote, urlsplit
+from urllib.request import urlopen
+
+import pytest
+
+from diffmorpher.files.films import read_settings
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("gradio")
+sync_api.expect.set_options(timeout=30_000)
+Browser, Page, expect = sync_api.Browser, sync_api.Page, sync_api.expect
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+]
+DEMO = Path(sys.modules["diffmorpher"].__file__ or "").parent / "assets" / "demo"
+TIGER, WOLF, PEAR, APPLE = (str(DEMO / f"{name}.png") for name in ("tiger-face", "wolf-face", "pear", "red-apple"))
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no chromium (apt-get install chromium)")]
+
+
+class Server:
+    """`diffmorpher web` as a process; its temporary files lie in `folder`."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.folder, self.url = folder, f"http://127.0.0.1:{port}/"
+        self._log = folder.parent / f"{folder.name}.log"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "diffmorpher", "web", "--port", str(port), *options],
+            env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
+            stderr=self._log.open("w"),
+        )
+        deadline = time.monotonic() + 60
+        while "Open http" not in self.log:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log
+            time.sleep(0.1)
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def files(self, pattern: str) -> list[Path]:
+        return sorted(self.folder.glob(f"diffmorpher-web-*/{pattern}"))
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("web"))
+    yield server
+    assert server.stop() == 0
+    assert list(server.folder.iterdir()) == [], "temporary files were left behind"
+    assert "Traceback" not in server.log, server.log
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+#: What gradio's script says when its page is left with a connection open.
+ABORTED = ("AbortError: signal is aborted", "Unexpected error Connection errored out")
+
+
+class Visitor:
+    """A person at the page, in a browser of his own. `close` checks that nothing went wrong unseen."""
+
+    def __init__(self, browser: Browser, server: Server, width: int = 1280, dark: bool = False) -> None:
+        self.server = server
+        self.context = browser.new_context(
+            viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light", accept_downloads=True
+        )
+        self.context.grant_permissions(["clipboard-read", "clipboard-write", "camera"])
+        self.page: Page = self.context.new_page()
+        self.errors: list[str] = []
+        self.hosts: set[str] = set()
+        self.page.on("console", lambda line: self.errors.append(line.text) if line.type == "error" else None)
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
+        self.page.set_default_timeout(60_000)
+        self.open()
+
+    def open(self) -> None:
+        before = len(self.errors)
+        self.page.goto(self.server.url)
+        expect(self.page.locator("#morph")).to_be_enabled(timeout=30_000)
+        # A page that is left aborts its connection to the server, and says so to nobody.
+        self.errors[before:] = [error for error in self.errors[before:] if not error.startswith(ABORTED)]
+
+    def close(self) -> None:
+        errors = list(self.errors)  # before the page is left
+        self.context.close()
+        assert errors == []
+        assert self.hosts <= {urlsplit(self.server.url).netloc, ""}, self.hosts  # "" is data: and blob:
+
+    def upload(self, *files: str) -> None:
+        here = self.page.locator("img.thumb").count()
+        self.page.set_input_files("#pick input[type=file]", list(files))
+        expect(self.page.locator("img.thumb")).to_have_count(here + len(files))
+
+    def unfold(self, title: str) -> None:
+        self.page.get_by_role("button", name=title).click()
+
+    def set(self, **settings: object) -> None:
+        """Type settings into the page, by their names."""
+        for name, value in settings.items():
+            box = self.page.locator(f"#{name} input").first
+            if not box.is_visible():
+                title = "Making the frames" if name == "steps" else "Learning the pictures"
+                self.unfold(title)
+                expect(box).to_be_visible()
+                self.page.wait_for_timeout(300)  # no person types while the fold opens, and gradio does not expect it
+            box.fill(str(value))
+            box.press("Tab")
+
+    def small(self, **settings: object) -> None:
+        """A run of a second or two."""
+        self.set(**({"frames": 4, "lora_steps": 2, "steps": 3} | settings))
+
+    def morph(self) -> None:
+        self.page.click("#morph")
+        expect(self.page.locator("#status")).to_contain_text("Done in", timeout=60_000)
+        self.wait_for_film()
+
+    def wait_for_film(self) -> None:
+        self.page.wait_for_function("document.querySelector('video.film')?.readyState >= 2")
+
+    def film(self) -> dict[str, float | bool]:
+        return self.page.evaluate(
+            "(({duration, paused, loop}) => ({duration, paused, loop}))(document.querySelector('video'))"
+        )
+
+    def frame(self) -> tuple[str, str]:
+        """What the frame says it is, and its bytes."""
+        image = self.page.locator("img.frame")
+        return image.get_attribute("alt") or "", image.get_attribute("src") or ""
+
+    def slide(self, alpha: float) -> None:
+        box = self.page.locator("#alpha input[type=number]")
+        box.fill(str(alpha))
+        box.press("Tab")
+
+
+@pytest.fixture
+def visitor(browser: Browser, server: Server) -> Iterator[Visitor]:
+    visitor = Visitor(browser, server)
+    yield visitor
+    visitor.close()
+
+
+def fetch(url: str) -> bytes:
+    with urlopen(url, timeout=30) as answer:
+        return answer.read()
+
+
+def test_from_two_pictures_to_a_playing_film_and_all_that_can_be_had_from_it(visitor: Visitor, tmp_path: Path) -> None:
+    page = visitor.page
+    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    assert paint < 3000
+    visitor.upload(TIGER, WOLF)
+    page.fill("#prompt-1 input", "a tiger face")
+    page.fill("#prompt-2 input", "a wolf's face")
+    visitor.small(frames=5, fps=4)
+    visitor.morph()
+    assert visitor.film() == {"duration": 5 / 4, "paused": False, "loop": True}
+    expect(page.locator(".strip img")).to_have_count(5)
+    expect(page.locator(".chart polyline")).to_have_count(1)
+
+    # Downloads are all there, and are what they say.
+    expect(page.locator("a.download")).to_have_count(6)
+    found = {}
+    for link in page.locator("a.download").all():
+        name, data = (
+            link.get_attribute("download") or "",
+            fetch(visitor.server.url + (link.get_attribute("href") or "")),
+        )
+        found[name] = data
+        (tmp_path / name).write_bytes(data)
+    stem = "tiger-face-wolf-face"
+    assert set(found) == {f"{stem}{end}" for end in (".mp4", ".gif", ".webp", "-frames.zip", ".morph", "-loras.zip")}
+    assert found[f"{stem}.gif"][:4] == b"GIF8" and found[f"{stem}.webp"][8:12] == b"WEBP"
+    assert len(zipfile.ZipFile(io.BytesIO(found[f"{stem}-frames.zip"])).namelist()) == 5
+    settings = read_settings(tmp_path / f"{stem}.mp4") or {}
+    assert (settings["prompts"], settings["fps"]) == (["a tiger face", "a wolf's face"], 4)
+
+    # The command line makes the same film.
+    visitor.unfold("The same film again")
+    page.click("#copy")
+    command = page.evaluate("navigator.clipboard.readText()")
+    assert command == page.locator("#command textarea").input_value()
+    for picture in (TIGER, WOLF):
+        shutil.copy(picture, tmp_path)
+    arguments = [sys.executable, "-m", *shlex.split(command), "--json"]
+    arguments[arguments.index("-o") + 1] = "again.mp4"
+    done = subprocess.run(
+        arguments, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.mp4").read_bytes() == found[f"{stem}.mp4"]
+    assert json.loads(done.stdout)["settings"] == settings
+
+
+def test_the_slider_shows_any_position_at_once_or_soon(visitor: Visitor) -> None:
+    visitor.page.get_by_role("button", name="Apple → pear").click()
+    expect(visitor.page.locator("img.thumb")).to_have_count(2)
+    visitor.small()
+    visitor.morph()
+    first = visitor.frame()
+    assert first[0] == "The frame at 0.00"
+    visitor.page.locator(".strip button").nth(3).click()
+    expect(visitor.page.locator("img.frame")).to_have_attribute("alt", "The frame at 1.00")
+    last = visitor.frame()
+    visitor.slide(0.37)
+    expect(visitor.page.locator("img.frame")).to_have_attribute("alt", "The frame at 0.37", timeout=20_000)
+    assert len({first[1], last[1], visitor.frame()[1]}) == 3
+    visitor.slide(1)
+    expect(visitor.page.locator("img.frame")).to_have_attribute("alt", "The frame at 1.00")
+    # By hand: while it is dragged, the nearest frame; when it is let go, the frame itself.
+    slider = visitor.page.locator("#alpha input[type=range]")
+    box = slider.bounding_box()
+    assert box is not None
+    visitor.page.mouse.move(box["x"] + box["width"] - 4, box["y"] + box["height"] / 2)
+    visitor.page.mouse.down()
+    visitor.page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] / 2, steps=5)
+    visitor.page.mouse.up()
+    position = float(slider.input_value())
+    assert 0.5 < position < 0.7
+    expect(visitor.page.locator("img.frame")).to_have_attribute("alt", f"The frame at {position:.2f}", timeout=20_000)
+
+
+def test_a_second_run_with_other_sampling_settings_learns_nothing_anew(visitor: Visitor) -> None:
+    visitor.upload(TIGER, PEAR)
+    visitor.small(lora_steps=40)
+    visitor.page.click("#morph")
+    expect(visitor.page.locator("#status")).to_contain_text("Learn the pictures")
+    expect(visitor.page.locator("#status")).to_contain_text("Done in")
+    seen: list[str] = []
+    visitor.page.expose_function("tell", lambda text: seen.append(text))
+    visitor.page.evaluate(
+        "new MutationObserver(() => tell(document.querySelector('#status').innerText))"
+        ".observe(document.querySelector('#status'), {childList: true, subtree: true, characterData: true})"
+    )
+    visitor.set(frames=6, steps=4)
+    visitor.page.locator("#ping_pong input").check()
+    visitor.page.click("#morph")
+    visitor.page.wait_for_function("document.querySelectorAll('.strip img').length == 6")
+    visitor.wait_for_film()
+    assert visitor.film()["duration"] == 10 / 8
+    assert not any("Learn the pictures" in text for text in seen)
+
+
+def test_cancel_in_the_middle_of_a_fit_leaves_nothing_and_the_button_works_again(visitor: Visitor) -> None:
+    visitor.upload(TIGER, APPLE)
+    visitor.small(lora_steps=2000)
+    visitor.page.click("#morph")
+    expect(visitor.page.locator("#status")).to_contain_text(re.compile(r"\d+ of 2000"), timeout=60_000)
+    expect(visitor.page.locator("#status")).to_contain_text("left")
+    visitor.page.click("#cancel")
+    expect(visitor.page.locator("#status")).to_contain_text("Cancelled", timeout=5_000)
+    expect(visitor.page.locator("#cancel")).to_be_hidden()
+    expect(visitor.page.locator("video")).to_have_count(0)
+    assert not [file for folder in visitor.server.files("sessions/*") for file in folder.glob("film-*/*")]
+    visitor.set(lora_steps=1)
+    visitor.morph()
+
+
+def test_what_is_no_picture_is_refused_in_one_sentence(visitor: Visitor, tmp_path: Path) -> None:
+    (tmp_path / "notes.png").write_text("not a picture")
+    visitor.page.set_input_files("#pick input[type=file]", str(tmp_path / "notes.png"))
+    note = visitor.page.locator("#pictures-note")
+    expect(note).to_have_text(
+        "Picture 'notes.png' is not a picture in a format that can be read: save it as PNG or JPEG."
+    )
+    (tmp_path / "big.png").write_bytes(Path(PEAR).read_bytes() + bytes(25 * 2**20))
+    visitor.page.set_input_files("#pick input[type=file]", str(tmp_path / "big.png"))
+    expect(note).to_have_text("'big.png' has 25 MB: at most 25 MB are taken.")
+    expect(visitor.page.locator("img.thumb")).to_have_count(0)
+    visitor.upload(PEAR)
+    expect(note).to_be_hidden()
+    visitor.page.click("#morph")
+    expect(visitor.page.locator("#status")).to_have_text("A morph needs at least two images: give another one.")
+    visitor.upload(PEAR)
+    visitor.page.click("#morph")
+    expect(visitor.page.locator("#status")).to_have_text(
+        "'pear.png' and 'pear-2.png' are the same picture: give two that differ."
+    )
+    visitor.set(fix_lora="much")
+    visitor.page.click("#morph")
+    expect(visitor.page.locator("#status")).to_have_text("Fix lora is 'much', but must be a number.")
+
+
+def test_pictures_come_from_the_clipboard_and_the_camera(visitor: Visitor) -> None:
+    page = visitor.page
+    copy = """async () => {
+        const canvas = document.createElement('canvas');
+        canvas.getContext('2d').fillRect(0, 0, 30, 30);
+        const blob = await new Promise((resolve) => canvas.toBlob(resolve, 'image/png'));
+        await navigator.clipboard.write([new ClipboardItem({'image/png': blob})]);
+    }"""
+    page.locator("#pick input[type=file]").wait_for(state="attached")
+    page.wait_for_timeout(500)
+    page.locator("h1").click()  # the page must have the focus
+    page.evaluate(copy)
+    page.keyboard.press("Control+v")
+    expect(page.locator("img.thumb")).to_have_count(1)
+    page.get_by_label("Paste from clipboard").click()
+    expect(page.locator("img.thumb")).to_have_count(2)
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.wait_for_function("document.querySelector('#pick video')?.readyState >= 2")
+    page.wait_for_timeout(500)
+    page.locator("#pick").get_by_label("capture photo").click()
+    expect(page.locator("img.thumb")).to_have_count(3)
+
+
+def test_pictures_are_moved_and_removed_with_their_prompts(visitor: Visitor) -> None:
+    page = visitor.page
+    visitor.upload(TIGER, PEAR, WOLF)
+    for i, text in enumerate(("a tiger", "a pear", "a wolf")):
+        page.fill(f"#prompt-{i + 1} input", text)
+    page.click("#earlier-3")
+    expect(page.locator("#prompt-2 input")).to_have_value("a wolf")
+    page.click("#remove-1")
+    expect(page.locator("img.thumb")).to_have_count(2)
+    assert [image.get_attribute("alt") for image in page.locator("img.thumb").all()] == ["wolf-face.png", "pear.png"]
+    assert [page.input_value(f"#prompt-{i} input") for i in (1, 2)] == ["a wolf", "a pear"]
+
+
+def test_a_reload_during_a_job_ends_it_and_starts_clean(browser: Browser, server: Server) -> None:
+    visitor = Visitor(browser, server)
+    visitor.upload(PEAR, WOLF)
+    before = set(server.files("sessions/*"))
+    visitor.small(lora_steps=2000)
+    visitor.page.click("#morph")
+    expect(visitor.page.locator("#status")).to_contain_text(re.compile(r"\d+ of 2000"), timeout=60_000)
+    visitor.open()
+    visitor.errors.clear()  # gradio says there that the reload cut off its stream
+    expect(visitor.page.locator("img.thumb")).to_have_count(0)
+    visitor.upload(PEAR, WOLF)
+    visitor.small()
+    visitor.morph()  # within its time, which the other job would have taken many times over
+    deadline = time.monotonic() + 10
+    while len(before & set(server.files("sessions/*"))) == len(before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert len(before & set(server.files("sessions/*"))) < len(before), (
+        "the pictures of the first visit are still there"
+    )
+    visitor.close()
+
+
+def test_two_visitors_wait_for_each_other_and_see_only_their_own(browser: Browser, server: Server) -> None:
+    ann, bob = Visitor(browser, server), Visitor(browser, server)
+    ann.upload(TIGER, WOLF)
+    ann.small(lora_steps=2000)
+    ann.page.click("#morph")
+    expect(ann.page.locator("#status")).to_contain_text(re.compile(r"\d+ of 2000"), timeout=60_000)
+    bob.upload(PEAR, APPLE)
+    bob.small()
+    bob.page.click("#morph")
+    expect(bob.page.locator("#status")).to_contain_text("In line: one job is before yours.")
+    ann.page.click("#cancel")
+    expect(bob.page.locator("#status")).to_contain_text("Done in")
+    bob.wait_for_film()
+    expect(ann.page.locator("video")).to_have_count(0)
+    expect(ann.page.locator("img.thumb").first).to_have_attribute("alt", "tiger-face.png")
+    assert "tiger" not in (bob.page.locator("video").get_attribute("src") or "")
+    # Nothing but the visitors' own files is served.
+    mine = server.url + (bob.page.locator("video").get_attribute("src") or "")
+    assert fetch(mine)[4:8] == b"ftyp"
+    for secret in ("/etc/passwd", str(Path(__file__)), str(DEMO.parent / "mini" / "model_index.json")):
+        with pytest.raises(HTTPError, match="40[34]"):
+            fetch(server.url + "gradio_api/file=" + quote(secret))
+    with pytest.raises(HTTPError, match="404"):
+        fetch(server.url + "gradio_api/file=http://example.com/picture.png")
+    bob.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            fetch(mine)
+        except HTTPError:
+            break
+        time.sleep(0.2)
+    else:
+        pytest.fail("the film is still served after its visitor left")
+    ann.close()
+
+
+def test_saved_work_is_loaded_again(visitor: Visitor, tmp_path: Path) -> None:
+    visitor.upload(PEAR, WOLF)
+    visitor.small()
+    visitor.morph()
+    expect(visitor.page.locator("a.download")).to_have_count(6)
+    for link in visitor.page.locator("a.download").all():
+        (tmp_path / (link.get_attribute("download") or "")).write_bytes(
+            fetch(visitor.server.url + (link.get_attribute("href") or ""))
+        )
+    zipfile.ZipFile(tmp_path / "pear-wolf-face-loras.zip").extractall(tmp_path)
+    film = visitor.page.locator("video").get_attribute("src")
+    visitor.open()
+    visitor.unfold("Start from saved work")
+    visitor.page.set_input_files("#path input[type=file]", str(tmp_path / "pear-wolf-face.morph"))
+    expect(visitor.page.locator("#path")).to_contain_text("pear-wolf-face")
+    visitor.set(frames=3, steps=3)
+    visitor.morph()
+    assert visitor.page.locator("video").get_attribute("src") != film
+    expect(visitor.page.locator(".strip img")).to_have_count(3)
+    visitor.open()
+    visitor.upload(PEAR, WOLF)
+    visitor.unfold("Start from saved work")
+    loras = sorted(map(str, tmp_path.glob("*.safetensors")))
+    visitor.page.set_input_files("#loras input[type=file]", loras)
+    expect(visitor.page.locator("#loras")).to_contain_text("lora-2")
+    visitor.set(frames=3, steps=3)
+    visitor.morph()
+    visitor.unfold("The same film again")
+    assert "--lora pear-wolf-face-lora-1.safetensors" in visitor.page.locator("#command textarea").input_value()
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_on_a_phone_nothing_stands_over_and_the_film_comes_first(browser: Browser, server: Server, dark: bool) -> None:
+    visitor = Visitor(browser, server, width=390, dark=dark)
+    visitor.page.get_by_role("button", name="Tiger → wolf").click()
+    expect(visitor.page.locator("img.thumb")).to_have_count(2)
+    visitor.small()
+    visitor.morph()
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
+    boxes = [visitor.page.locator(part).bounding_box() for part in ("#morph", "video", "#more")]
+    assert all(boxes) and [box["y"] for box in boxes if box] == sorted(box["y"] for box in boxes if box)
+    assert all(box["width"] >= 330 for box in boxes if box)
+    background = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", background)[:3])) < 80) is dark
+    visitor.close()
+
+
+def test_a_program_calls_the_same_function(server: Server, tmp_path: Path) -> None:
+    from gradio_client import Client, handle_file
+
+    client = Client(server.url, verbose=False, download_files=str(tmp_path))
+    film, facts = client.predict(
+        [handle_file(TIGER), handle_file(WOLF)],
+        ["a tiger", "a wolf"],
+        frames=4,
+        steps=3,
+        lora_steps=2,
+        api_name="/morph",
+    )
+    assert (read_settings(film) or {}) == facts["settings"]
+    assert facts["settings"]["prompts"] == ["a tiger", "a wolf"] and facts["frames"] == len(facts["alphas"]) == 4
+    with pytest.raises(Exception, match="LoRA steps is 5000, but can be at most 2000 on this page"):
+        client.predict([handle_file(TIGER), handle_file(WOLF)], None, lora_steps=5000, api_name="/morph")
+    public = [name for name in client.view_api(return_format="dict")["named_endpoints"]]
+    assert public == ["/morph"]
+    client.close()
+
+
+def test_a_password_is_asked_for_and_a_taken_port_is_named(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "temporary").mkdir()
+    locked = Server(tmp_path / "temporary", "--auth", "ann:secret", "--host", "0.0.0.0")
+    assert "everyone who can reach this machine can open it with the name and password" in locked.log
+    with pytest.raises(HTTPError, match="401"):
+        fetch(locked.url + "gradio_api/info")
+    port = str(urlsplit(locked.url).port)
+    second = subprocess.run(
+        [sys.executable, "-m", "diffmorpher", "web", "--port", port], capture_output=True, text=True, timeout=60
+    )
+    assert second.returncode == 2 and f"port {port} cannot be used" in second.stderr
+    assert locked.stop(signal.SIGINT) == 0

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .files.loras import Lora, load_lora, save_lora
     from .morpher import Morpher, MorphResult
     from .path import MorphPath
+    from .recipe import Recipe
 
 _WHERE = {
     "FitConfig": "config",
@@ -27,6 +28,7 @@ _WHERE = {
     "Morpher": "morpher",
     "MorphResult": "morpher",
     "MorphPath": "path",
+    "Recipe": "recipe",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "MorphPath",
     "MorphResult",
     "Morpher",
+    "Recipe",
     "SampleConfig",
     "ScheduleConfig",
     "UserError",

@@ -1,24 +1,84 @@
 """The settings of each stage as frozen dataclasses, with the paper's values as defaults.
 
-Every default of the project lives here, once; the command line passes on only what the user typed.
-Values are checked on construction and a bad one raises `ConfigError`.
+Every default and every limit of the project lives here or in `recipe.py`, once; the command line and the page pass on only what
+the user typed. Values are checked on construction and a bad one raises `ConfigError`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from .errors import ConfigError
 
-#: Frames of a film where nothing else is asked for.
-NUM_FRAMES = 16
+#: Frames of a film, and frames per second, where nothing else is asked for.
+NUM_FRAMES, FPS = 16, 8.0
 
 
-def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
+@dataclass(frozen=True)
+class Limits:
+    """What a setting may be: a whole number (`int`), a number (`float`), `bool`, or one of the words in `choices`.
+
+    label: what people call it. low, high: both allowed, unless `above` says that low itself is not. words: allowed beside
+    numbers. optional: None is allowed. allowed: how an error says all this, where that is not made from the rest.
+    """
+
+    label: str
+    kind: type = float
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    allowed: str = ""
+
+    def check(self, value: Any) -> None:
+        """Raises `ConfigError`, naming the setting and what it may be."""
+        if (self.optional and value is None) or (isinstance(value, str) and value in self.choices):
+            return
+        good = {bool: _is_bool, int: _is_int, float: _is_real}.get(self.kind, _never)(value)
+        if not (good and (self.kind is bool or self._within(value))):
+            raise ConfigError(f"{self.label} is {value!r}, but must be {self.allowed or self._described()}.")
+
+    def _within(self, value: float) -> bool:
+        low = self.low is None or (value > self.low if self.above else value >= self.low)
+        return low and (self.high is None or value <= self.high)
+
+    def _described(self) -> str:
+        if self.choices:
+            return join_or([f'"{choice}"' for choice in self.choices])
+        if self.kind is bool:
+            return "true or false"
+        number = "a whole number" if self.kind is int else "a number"
+        if self.high is not None:
+            return f"{number} from {self.low:g} to {self.high:g}"
+        return f"{number} {'above' if self.above else 'of at least'} {self.low:g}"
+
+
+def join_or(words: list[str]) -> str:
+    """ "a, b or c"."""
+    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def setting(default: Any, label: str, kind: type = float, **limits: Any) -> Any:
+    """A dataclass field with its `Limits`."""
+    return field(default=default, metadata={"limits": Limits(label, kind, **limits)})
+
+
+def limits_of(config: type) -> dict[str, Limits]:
+    """The limits of a config's fields by name."""
+    return {f.name: f.metadata["limits"] for f in fields(config) if "limits" in f.metadata}
+
+
+def check_limits(config: Any) -> None:
+    """Raise `ConfigError` for the first value that is out of its limits."""
+    for name, limits in limits_of(type(config)).items():
+        limits.check(getattr(config, name))
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _is_int(value: Any) -> bool:
@@ -27,6 +87,10 @@ def _is_int(value: Any) -> bool:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _never(value: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -38,26 +102,15 @@ class FitConfig:
     learning_rate, weight_decay: of AdamW. decay: let the rate fall to zero over the steps, as half a cosine.
     """
 
-    rank: int = 16
-    steps: int = 200
-    learning_rate: float = 2e-4
-    weight_decay: float = 1e-2
-    draws: int = 1
-    decay: bool = False
+    rank: int = setting(16, "LoRA rank", int, low=1, high=1024)
+    steps: int = setting(200, "LoRA steps", int, low=1)
+    learning_rate: float = setting(2e-4, "LoRA rate", low=0, above=True)
+    weight_decay: float = setting(1e-2, "weight decay", low=0, allowed="0 or a number above")
+    draws: int = setting(1, "LoRA draws", int, low=1)
+    decay: bool = setting(False, "LoRA decay", bool)
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.rank) and 1 <= self.rank <= 1024, "LoRA rank", self.rank, "a whole number from 1 to 1024")
-        _require(_is_int(self.steps) and self.steps >= 1, "LoRA steps", self.steps, "a whole number of at least 1")
-        _require(
-            _is_real(self.learning_rate) and self.learning_rate > 0, "LoRA rate", self.learning_rate, "a number above 0"
-        )
-        _require(
-            _is_real(self.weight_decay) and self.weight_decay >= 0,
-            "weight decay",
-            self.weight_decay,
-            "0 or a number above",
-        )
-        _require(_is_int(self.draws) and self.draws >= 1, "LoRA draws", self.draws, "a whole number of at least 1")
+        check_limits(self)
 
     def described(self) -> dict[str, Any]:
         """As a dict, without what the paper does not have unless it is used: digests of it stay as fields are added."""
@@ -85,59 +138,35 @@ class SampleConfig:
         step, to the frames between them in proportion. Not in the paper; with few steps it is what keeps the ends.
     """
 
-    steps: int = 50
-    attention_lambda: float = 0.6
-    attention_mode: Literal["features", "kv", "outer"] = "features"
-    lora_blend: Literal["auto", "factors", "product"] = "auto"
-    adain: bool = True
-    guidance_scale: float = 1.0
-    fix_lora: float | None = None
-    batch_size: int | Literal["auto"] = "auto"
-    exact_ends: bool = False
+    steps: int = setting(50, "steps", int, low=1, high=1000)
+    attention_lambda: float = setting(0.6, "attention lambda", low=0, high=1)
+    attention_mode: Literal["features", "kv", "outer"] = setting(
+        "features", "attention mode", str, choices=("features", "kv", "outer")
+    )
+    lora_blend: Literal["auto", "factors", "product"] = setting(
+        "auto", "LoRA blend", str, choices=("auto", "factors", "product")
+    )
+    adain: bool = setting(True, "AdaIN", bool)
+    guidance_scale: float = setting(1.0, "guidance", low=1, allowed="a number of at least 1 (1 is off)")
+    fix_lora: float | None = setting(
+        *(None, "fixed LoRA mix"),
+        low=0,
+        optional=True,
+        allowed="a position from 0 (the first image's LoRA) to the last image's",
+    )
+    batch_size: int | Literal["auto"] = setting(
+        "auto", "batch size", int, low=1, choices=("auto",), allowed='"auto" or a whole number of at least 1'
+    )
+    exact_ends: bool = setting(False, "exact ends", bool)
 
     def __post_init__(self) -> None:
-        _require(_is_int(self.steps) and 1 <= self.steps <= 1000, "steps", self.steps, "a whole number from 1 to 1000")
-        _require(
-            _is_real(self.attention_lambda) and 0 <= self.attention_lambda <= 1,
-            "attention lambda",
-            self.attention_lambda,
-            "a number from 0 to 1",
-        )
-        modes = ("features", "kv", "outer")
-        _require(self.attention_mode in modes, "attention mode", self.attention_mode, '"features", "kv" or "outer"')
-        _require(
-            self.lora_blend in ("auto", "factors", "product"),
-            "LoRA blend",
-            self.lora_blend,
-            '"auto", "factors" or "product"',
-        )
-        _require(
-            _is_real(self.guidance_scale) and self.guidance_scale >= 1,
-            "guidance",
-            self.guidance_scale,
-            "a number of at least 1 (1 is off)",
-        )
-        _require(
-            self.fix_lora is None or (_is_real(self.fix_lora) and self.fix_lora >= 0),
-            "fixed LoRA mix",
-            self.fix_lora,
-            "a position from 0 (the first image's LoRA) to the last image's",
-        )
-        _require(
-            self.batch_size == "auto" or (_is_int(self.batch_size) and self.batch_size >= 1),
-            "batch size",
-            self.batch_size,
-            '"auto" or a whole number of at least 1',
-        )
+        check_limits(self)
 
     def check_images(self, num_images: int) -> None:
         """Raise `ConfigError` where a setting does not fit a morph of that many images."""
-        _require(
-            self.fix_lora is None or self.fix_lora <= num_images - 1,
-            "fixed LoRA mix",
-            self.fix_lora,
-            f"a position from 0 to {num_images - 1}, the last image's",
-        )
+        last = num_images - 1
+        allowed = f"a position from 0 to {last}, the last image's"
+        Limits("fixed LoRA mix", low=0, high=last, optional=True, allowed=allowed).check(self.fix_lora)
 
 
 @dataclass(frozen=True)
@@ -150,14 +179,26 @@ class ScheduleConfig:
         films of less than 7 times as many). most: gaps settled so; the rest of a longer film is spread over these.
     """
 
-    enabled: bool = True
-    method: Literal["insert", "two-pass"] = "insert"
-    rounds: int = 2
-    spare: int = 2
-    most: int = 60
+    enabled: bool = setting(True, "rescheduling", bool)
+    method: Literal["insert", "two-pass"] = setting("insert", "schedule", str, choices=("insert", "two-pass"))
+    rounds: int = setting(2, "rounds", int, low=1)
+    spare: int = setting(2, "spare", int, low=0)
+    most: int = setting(60, "most", int, low=1)
 
     def __post_init__(self) -> None:
-        _require(self.method in ("insert", "two-pass"), "schedule", self.method, '"insert" or "two-pass"')
-        _require(_is_int(self.rounds) and self.rounds >= 1, "rounds", self.rounds, "a whole number of at least 1")
-        _require(_is_int(self.spare) and self.spare >= 0, "spare", self.spare, "a whole number of at least 0")
-        _require(_is_int(self.most) and self.most >= 1, "most", self.most, "a whole number of at least 1")
+        check_limits(self)
+
+
+def stretches_and_gaps(num_frames: int, num_images: int, loop: bool = False) -> tuple[int, int]:
+    """How many ways between neighbouring images a film has, and how many gaps between its frames.
+
+    In a loop the last way leads back to image 0, whose frame is not repeated. Raises `ConfigError` where the frames are too
+    few to show every image.
+    """
+    stretches = num_images if loop else num_images - 1
+    gaps = num_frames if loop else num_frames - 1
+    if gaps < stretches:
+        needed = stretches if loop else stretches + 1
+        where = " in a loop" if loop else ""
+        raise ConfigError(f"{num_frames} frames are too few for {num_images} images{where}; ask for at least {needed}.")
+    return stretches, gaps

@@ -33,6 +33,10 @@ class PathFileError(UserError):
     """A saved morph path cannot be read, or does not belong to the model."""
 
 
+class RecipeError(UserError):
+    """A recipe cannot be read: an unknown key, a wrong type, a newer version, a picture that is missing or another one."""
+
+
 class DataError(UserError):
     """A data set of the benchmark, or a file of results, cannot be used."""
 

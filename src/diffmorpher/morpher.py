@@ -16,19 +16,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import NUM_FRAMES, FitConfig, SampleConfig, ScheduleConfig
+from .config import NUM_FRAMES, FitConfig, SampleConfig, ScheduleConfig, stretches_and_gaps
 from .errors import ConfigError
-from .files.films import save_film
+from .files.films import save_made
 from .files.loras import Lora, load_lora
 from .files.pictures import ImageSource, fit_image, image_hash, load_image
+from .gather import gather
 from .method.fit import fit_loras
 from .method.lora import LoraBank
 from .method.perceptual import pdv, ppl
-from .method.schedule import uniform_positions
-from .models.catalog import ModelSpec
+from .models.catalog import ModelSpec, bare_name
 from .models.loading import as_backbone, choose_device, choose_dtype, load_pipeline
 from .path import MorphPath, to_pixels
-from .progress import ProgressCallback
+from .progress import ProgressCallback, Stopwatch
+from .recipe import VERSION as RECIPE_VERSION
+from .recipe import Recipe
 from .stream import FrameStream
 
 #: Takes a film's frames, as they are made, and its settings.
@@ -65,14 +67,14 @@ class MorphResult:
         """Perceptual distance variance: how uneven the film is."""
         return pdv(self.distances)
 
-    def save(self, out: str | os.PathLike[str], fps: float = 8, ping_pong: bool = False) -> Path:
+    def save(self, out: str | os.PathLike[str], fps: float | None = None, ping_pong: bool | None = None) -> Path:
         """Write .mp4, .gif, .webp, .png (contact sheet), or a folder of PNG frames where the name has no suffix.
 
-        ping_pong: a film that runs back to its first frame, so that it plays on without a jump; sheets and folders
-        hold each frame once. Raises `OutputError`; an older output is then left as it was.
+        fps: frames per second. ping_pong: a film that runs back to its first frame, so that it plays on without a jump; sheets
+        and folders hold each frame once. None takes what the recipe says, where the film was made from one, or else 8 and
+        False. Raises `OutputError`; an older output is then left as it was.
         """
-        metadata = self.settings | {"fps": fps, "ping_pong": ping_pong}
-        return save_film(self.frames, out, fps=fps, metadata=metadata, ping_pong=ping_pong)
+        return save_made(self.frames, out, self.settings, fps, ping_pong)
 
 
 class Morpher:
@@ -111,7 +113,7 @@ class Morpher:
         started = time.perf_counter()
         on = choose_device(device)
         pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on), offload=low_memory)
-        morpher = cls(pipe, spec=spec, name=str(model), low_memory=low_memory, tf32=tf32)
+        morpher = cls(pipe, spec=spec, name=bare_name(str(model)), low_memory=low_memory, tf32=tf32)
         morpher.load_seconds = time.perf_counter() - started
         return morpher
 
@@ -149,9 +151,12 @@ class Morpher:
         sample = self.spec.sample if steps is None else replace(self.spec.sample, steps=steps)
         size = self.working_size(size)
         texts = _one_each(prompts, len(images))
-        pictures = [fit_image(load_image(image), size, resize) for image in images]
+        loaded = [load_image(image) for image in images]
+        pictures = [fit_image(image, size, resize) for image in loaded]
         hashes = [image_hash(picture) for picture in pictures]
         settings: dict[str, Any] = {
+            "pictures": [_name(image, k) for k, image in enumerate(images)],
+            "picture_hashes": [image_hash(image) for image in loaded],
             "images": hashes,
             "prompts": texts,
             "size": list(size),
@@ -167,16 +172,18 @@ class Morpher:
             if len(files) != len(images):
                 raise ConfigError(f"{len(files)} LoRA files were given for {len(images)} images; give one for each.")
             names = [f"LoRA {k}" if isinstance(lora, Lora) else str(lora) for k, lora in enumerate(files)]
-            loaded = [lora if isinstance(lora, Lora) else load_lora(lora) for lora in files]
-            for lora, name, digest in zip(loaded, names, hashes, strict=True):
+            fitted = [lora if isinstance(lora, Lora) else load_lora(lora) for lora in files]
+            for lora, name, digest in zip(fitted, names, hashes, strict=True):
                 if lora.metadata.get("image_hash", digest) != digest:
                     warnings.warn(f"{name} was fitted to another picture, or at another size.", stacklevel=2)
-            bank = LoraBank.stack(loaded, self.backbone.network, names, mean.device)
+            bank = LoraBank.stack(fitted, self.backbone.network, names, mean.device)
             settings["loras"] = [Path(name).name for name in names]
         elif fit is not None:
             config = self._fit_config(fit)
             bank = self._fit(mean, std, conditioning, config, seed, progress, texts, hashes)
             settings["fit"] = asdict(config)
+        else:
+            settings["fit"] = False
 
         path = MorphPath(self.backbone, mean, conditioning, bank, texts, loop, settings, sample)
         path.noises_at(sample.steps, progress)
@@ -282,10 +289,13 @@ class Morpher:
         stream = FrameStream(path, num_frames, sample, schedule, progress)
         stream.plan()
         settings = {
+            "recipe": RECIPE_VERSION,
             "diffmorpher": version("diffmorpher"),
             "model": self.backbone.name,
             "device": str(self.backbone.device),
             "dtype": str(self.backbone.network.dtype).removeprefix("torch."),
+            "low_memory": self.backbone.low_memory,
+            "tf32": self.backbone.tf32,
             **path.settings,
             "frames": num_frames,
             "sample": asdict(sample),
@@ -308,6 +318,39 @@ class Morpher:
             stream.distances_before,
         )
 
+    def make(
+        self,
+        recipe: Recipe,
+        pictures: Sequence[Image.Image] | None = None,
+        progress: ProgressCallback | None = None,
+        write: Writer | None = None,
+    ) -> MorphResult:
+        """The film of a recipe, whose model, device and dtype are this Morpher's affair.
+
+        pictures: the recipe's, where they are in memory already (by `gather`); None reads them. write: as in `film`.
+        Raises `RecipeError` for pictures that are missing or other ones.
+        """
+        if pictures is None:
+            recipe, pictures = gather(recipe)
+        about = {name: value for name, value in recipe.document().items() if name in _FILM_KEYS}
+        result = self(
+            pictures,
+            recipe.prompts or None,
+            recipe.frames,
+            loras=recipe.loras or None,
+            fit=recipe.fit,
+            sample=recipe.sample,
+            schedule=recipe.schedule,
+            size=recipe.size,
+            resize=recipe.resize,
+            loop=recipe.loop,
+            seed=recipe.seed,
+            progress=progress,
+            write=write and (lambda frames, settings: write(frames, settings | about)),
+        )
+        result.path.settings |= about
+        return replace(result, settings=result.settings | about)
+
     def __call__(
         self,
         images: Sequence[ImageSource],
@@ -328,28 +371,36 @@ class Morpher:
         """Pictures to a film in one call: `prepare`, then `film`; see there for what each setting means."""
         sample = sample or self.spec.sample
         rows_before = self.backbone.unet_rows
-        seconds = {"load": self.load_seconds, "fit": 0.0, "invert": 0.0}
-        stage_ends: dict[str, float] = {}
-        started = time.perf_counter()
-
-        def watch(stage: str, done: int, total: int) -> None:
-            stage_ends[stage] = time.perf_counter()
-            if progress:
-                progress(stage, done, total)
-
+        watch = Stopwatch(progress)
         _check_images(images)  # what cannot work is said before the slow part
         _check_frames(num_frames)
-        uniform_positions(num_frames, len(images), loop)
+        stretches_and_gaps(num_frames, len(images), loop)
         sample.check_images(len(images))
         path = self.prepare(
-            images, prompts, loras, fit, seed, size=size, resize=resize, steps=sample.steps, loop=loop, progress=watch
+            images,
+            prompts or None,
+            loras,
+            fit,
+            seed,
+            size=size,
+            resize=resize,
+            steps=sample.steps,
+            loop=loop,
+            progress=watch,
         )
-        ended = time.perf_counter()
-        seconds["fit"] = stage_ends.get("fit", started) - started
-        seconds["invert"] = ended - stage_ends.get("fit", started)
+        seconds = {"load": self.load_seconds, **watch.seconds("fit", "invert")}
         result = self.film(path, num_frames, sample, schedule, progress, write)
-        result.seconds = seconds | result.seconds
-        return replace(result, unet_rows=self.backbone.unet_rows - rows_before)
+        rows = self.backbone.unet_rows - rows_before
+        return replace(result, seconds=seconds | result.seconds, unet_rows=rows)
+
+
+#: What a recipe says of a film beyond what `prepare` and `film` know.
+_FILM_KEYS = ("pictures", "picture_hashes", "loras", "lora_hashes", "fps", "ping_pong")
+
+
+def _name(image: ImageSource, k: int) -> str:
+    """A picture's name as it goes into a film: without its folder."""
+    return Path(image).name if isinstance(image, (str, os.PathLike)) else f"image {k}"
 
 
 def _check_images(images: Any) -> None:

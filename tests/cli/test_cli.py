@@ -22,12 +22,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from diffmorpher.cli.app import DEMO, _explain
-from diffmorpher.cli.checks import MAX_FRAMES, parse_size
 from diffmorpher.config import FitConfig, SampleConfig, ScheduleConfig
 from diffmorpher.errors import ConfigError
 from diffmorpher.files.films import read_settings
 from diffmorpher.files.loras import load_lora
 from diffmorpher.models.catalog import ASSETS, CATALOG
+from diffmorpher.settings import MAX_FRAMES, parse_size
 
 PEAR, ROSE = str(ASSETS / "demo" / "pear.png"), str(ASSETS / "demo" / "rose.png")
 COMMAND = [sys.executable, "-m", "diffmorpher"]
@@ -396,7 +396,7 @@ def test_what_needs_no_model_is_checked_before_torch_is_imported(tmp_path: Path)
     """`--help` and most mistakes are answered at once."""
     script = (
         "import sys\n"
-        "import diffmorpher.cli\n"
+        "import diffmorpher.cli.app\n"
         f"sys.argv = ['diffmorpher', 'morph', {PEAR!r}, {PEAR!r}, '-o', 'film.mp4']\n"  # the last of those checks
         "try:\n"
         "    diffmorpher.cli.app.main()\n"

@@ -10,21 +10,23 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from diffmorpher import FitConfig, Morpher, SampleConfig
+from diffmorpher import Morpher, Recipe
 from diffmorpher.cli.checks import check_port, parse_auth
 from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError
 from diffmorpher.files.films import read_settings
-from diffmorpher.models.catalog import ASSETS
+from diffmorpher.models.catalog import ASSETS, CATALOG
+from diffmorpher.recipe import film_name
 from diffmorpher.web.html import chart, frame, progress, strip
 from diffmorpher.web.jobs import Session, Studio, check_picture, explain
 from diffmorpher.web.line import LONGEST_LINE, Job, Line
-from diffmorpher.web.settings import Settings, different_names, film_name
+from diffmorpher.web.settings import chosen, different_names, fields_of
 
 DEMO = ASSETS / "demo"
 SMALL: dict[str, Any] = {"frames": 3, "steps": 2, "lora_steps": 1}
@@ -33,33 +35,39 @@ SMALL: dict[str, Any] = {"frames": 3, "steps": 2, "lora_steps": 1}
 # ---- settings and the command
 
 
+def command(recipe: Recipe, names: list[str], prompts: list[str], loras: tuple[str, ...] = ()) -> str:
+    return replace(recipe, pictures=tuple(names), prompts=tuple(prompts), loras=loras).command()
+
+
 def test_defaults_are_those_of_the_command_line() -> None:
-    assert Settings.checked() == Settings()
-    assert Settings().command(["a.png", "b.png"], ["", ""]) == "diffmorpher morph a.png b.png -o a-b.mp4"
-    assert Settings().fit_config(FitConfig(steps=7)) == FitConfig(steps=7)
-    own = SampleConfig(steps=7, exact_ends=True)
-    assert Settings().sample_config(own) == own and Settings(steps=3).sample_config(own).steps == 3
+    assert chosen({}) == Recipe()
+    assert command(chosen({}), ["a.png", "b.png"], ["", ""]) == "diffmorpher morph a.png b.png -o a-b.mp4"
+    own = CATALOG["mini"]
+    assert chosen({}).fit == own.fit and chosen({}).sample == own.sample
+    assert chosen({"steps": 3}).sample == replace(own.sample, steps=3)
 
 
 def test_the_command_says_what_differs_and_quotes_what_a_shell_would_split() -> None:
-    settings = Settings.checked(
-        frames=24.0,
-        fps="12",
-        loop=True,
-        ping_pong=True,
-        size="256×192",
-        lora_lr="0.0001",
-        adain=False,
-        reschedule=False,
+    recipe = chosen(
+        {
+            "frames": 24.0,
+            "fps": "12",
+            "loop": True,
+            "ping_pong": True,
+            "size": "256×192",
+            "lora_lr": "0.0001",
+            "adain": False,
+            "reschedule": False,
+        }
     )
-    line = settings.command(["my cat.png", "-dog.png"], ["a cat", "a dog's nose"])
+    line = command(recipe, ["my cat.png", "-dog.png"], ["a cat", "a dog's nose"])
     assert shlex.split(line) == [
         *("diffmorpher", "morph", "my cat.png", "./-dog.png", "-p", "a cat", "-p", "a dog's nose"),
         *("-o", "my cat--dog.mp4", "--frames", "24", "--fps", "12", "--loop", "--ping-pong", "--size", "256x192"),
         *("--lora-lr", "0.0001", "--no-adain", "--no-reschedule"),
     ]
-    assert "-p 'a pet'" in Settings().command(["a.png", "b.png"], ["a pet", "a pet"])
-    with_loras = Settings(lora_steps=5).command(["a.png", "b.png"], ["", ""], ["a.safetensors", "b.safetensors"])
+    assert "-p 'a pet'" in command(Recipe(), ["a.png", "b.png"], ["a pet", "a pet"])
+    with_loras = command(chosen({"lora_steps": 5}), ["a.png", "b.png"], ["", ""], ("a.safetensors", "b.safetensors"))
     assert with_loras.count("--lora ") == 2 and "--lora-steps" not in with_loras
 
 
@@ -69,43 +77,68 @@ def test_the_command_says_what_differs_and_quotes_what_a_shell_would_split() -> 
         {},
         {"no_lora": True, "fix_lora": 0.5, "guidance": 2.5, "seed": 7, "resize": "pad", "attention_lambda": 0.25},
         {"lora_steps": 9, "lora_rank": 4, "loop": True, "ping_pong": True, "model": "sd15"},
+        {"preset": "paper", "steps": 9, "model": "sd15"},
+        {"preset": "preview", "frames": 5},
     ],
 )
 def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, Any], monkeypatch: Any) -> None:
-    from diffmorpher import cli
+    from diffmorpher.cli import app
 
-    command = Settings.checked(**settings).command([str(DEMO / "pear.png"), str(DEMO / "rose.png")], ["a", "b"])
-    monkeypatch.setattr(cli, "_load", _stop)
-    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    recipe = chosen(settings)
+    line = command(recipe, [str(DEMO / "pear.png"), str(DEMO / "rose.png")], ["a", "b"])
+    understood: list[Recipe] = []
+
+    def stop(recipe: Recipe) -> None:
+        understood.append(recipe)
+        raise DiffMorpherError("far enough")
+
+    monkeypatch.setattr(app, "_load", stop)
+    monkeypatch.setattr(sys, "argv", shlex.split(line))
     with pytest.raises(SystemExit) as end:
-        cli.main()
-    assert end.value.code == 1  # it came as far as loading the model: all options were understood
-
-
-def _stop(*_: object) -> None:
-    raise DiffMorpherError("far enough")
+        app.main()
+    assert end.value.code == 1  # it came as far as loading the model
+    same = {name: getattr(recipe, name) for name in ("pictures", "prompts", "picture_hashes")}
+    assert replace(understood[0], **same) == recipe, "the command makes another film"
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"frames": 2.5}, "frames is 2.5, but must be a whole number"),
-        ({"frames": 1}, "frames is 1, but must be at least 2"),
+        ({"frames": 1}, "frames is 1, but must be a whole number from 2"),
         ({"frames": 241}, "at most 240 on this page"),
         ({"steps": 1000}, "at most 200 on this page"),
         ({"size": "2048x2048"}, "at most 1024 on this page"),
         ({"size": "big"}, "not of the form WxH"),
-        ({"lora_lr": "nan"}, "lora lr is 'nan', but must be a number"),
+        ({"lora_lr": "nan"}, "LoRA rate is 'nan', but must be a number"),
         ({"lora_steps": "0"}, "LoRA steps"),
         ({"adain": "yes"}, "must be true or false"),
-        ({"resize": "squash"}, "'crop' or 'pad'"),
+        ({"resize": "squash"}, '"crop" or "pad"'),
         ({"seed": -1}, "seed"),
         ({"fps": 0}, "fps"),
+        ({"preset": "best"}, "preset is 'best'"),
     ],
 )
 def test_a_bad_setting_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DiffMorpherError, match=message):
-        Settings.checked(**values)
+        chosen(values)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"preset": "paper", "fps": 12.0, "lora_steps": 9},
+        {"preset": "preview", "size": "64x96"},
+        {"adain": False, "loop": True, "no_lora": True, "seed": 3, "attention_lambda": 0.2, "model": "sd15"},
+    ],
+)
+def test_a_films_settings_fill_the_form_that_makes_it_again(settings: dict[str, Any]) -> None:
+    recipe = chosen(settings)
+    values, missing = fields_of(recipe)
+    assert chosen(values) == recipe and not missing
+    _, missing = fields_of(recipe.changed(attention_mode="kv"))
+    assert missing == ["--attention-mode"]
 
 
 def test_names() -> None:
@@ -215,8 +248,7 @@ def visit(studio: Studio, key: str, *names: str) -> Session:
 
 
 def morph(studio: Studio, session: Session, **settings: Any) -> Any:
-    chosen = Settings.checked(**(SMALL | settings))
-    return wait(studio.morph(session, chosen, session.pictures, [""] * len(session.pictures)))
+    return wait(studio.morph(session, chosen(SMALL | settings), session.pictures, [""] * len(session.pictures)))
 
 
 def test_a_film_and_the_fit_that_is_found_again(studio: Studio) -> None:
@@ -226,7 +258,7 @@ def test_a_film_and_the_fit_that_is_found_again(studio: Studio) -> None:
     assert film.command.startswith("diffmorpher morph pear.png rose.png -o pear-rose.mp4 --frames 3")
     stages: list[set[str]] = []
     for settings in ({"frames": 4}, {"loop": True}, {"steps": 3}, {"lora_steps": 2}, {"seed": 1}):
-        job = studio.morph(bob, Settings.checked(**(SMALL | settings)), bob.pictures, ["", ""])
+        job = studio.morph(bob, chosen(SMALL | settings), bob.pictures, ["", ""])
         wait(job)
         stages.append(set(job.stages))
     assert ["fit" in seen for seen in stages] == [False, False, False, True, True]
@@ -244,7 +276,7 @@ def test_downloads_hold_what_they_say(studio: Studio) -> None:
     assert list(files) == ["mp4", "gif", "webp", "frames", "path", "loras"]
     with Image.open(files["gif"]) as gif:
         assert getattr(gif, "n_frames", 1) == 4  # three there, one back
-    again = studio.morph(ann, Settings.checked(**SMALL), [], [], path_file=files["path"])
+    again = studio.morph(ann, chosen(SMALL), [], [], path_file=files["path"])
     assert wait(again).result.frames[1].tobytes() == film.result.frames[1].tobytes()
     assert "loras" not in studio.files(morph(studio, ann, no_lora=True))
     assert not files["path"].exists(), "the film before is still there"
@@ -262,7 +294,7 @@ def test_a_visitor_who_leaves_takes_everything_along(studio: Studio, tmp_path: P
     assert not Path(upload).exists()
     # One who leaves while his film is being made.
     cat = visit(studio, "cat", "pear", "rose")
-    job = studio.morph(cat, Settings.checked(**(SMALL | {"lora_steps": 500})), cat.pictures, ["", ""])
+    job = studio.morph(cat, chosen(SMALL | {"lora_steps": 500}), cat.pictures, ["", ""])
     while "fit" not in job.stages:
         time.sleep(0.01)
     studio.end("cat")
@@ -278,14 +310,14 @@ def load(session: Session) -> int:
 def test_what_cannot_work_is_said_before_the_line(studio: Studio, tmp_path: Path) -> None:
     ann = visit(studio, "ann", "pear", "rose")
     with pytest.raises(ConfigError, match="at least two images"):
-        studio.morph(ann, Settings(), ann.pictures[:1], [""])
+        studio.morph(ann, Recipe(), ann.pictures[:1], [""])
     with pytest.raises(ImageError, match="'pear.png' and 'pear.png' are the same picture"):
-        studio.morph(ann, Settings(), [ann.pictures[0]] * 2, ["", ""])
+        studio.morph(ann, Recipe(), [ann.pictures[0]] * 2, ["", ""])
     with pytest.raises(DiffMorpherError, match="the model 'minni' is not known; did you mean 'mini'"):
-        studio.morph(ann, Settings(model="minni"), ann.pictures, ["", ""])
+        studio.morph(ann, Recipe(model="minni"), ann.pictures, ["", ""])
     public = Studio(tmp_path / "public", {"mini"})
     with pytest.raises(ConfigError, match="'/etc' cannot be chosen here; take one of mini"):
-        public.morph(ann, Settings(model="/etc"), ann.pictures, ["", ""])
+        public.morph(ann, Recipe(model="/etc"), ann.pictures, ["", ""])
     Image.new("L", (10_000, 5_001)).save(tmp_path / "huge.png")
     with pytest.raises(ImageError, match="'huge.png' has 50 megapixels: at most 50"):
         check_picture(tmp_path / "huge.png")

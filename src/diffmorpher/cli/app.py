@@ -13,38 +13,28 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import replace
+import warnings
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from ..config import FitConfig, SampleConfig, ScheduleConfig
-from ..errors import DiffMorpherError, OutputError, UserError
+from ..errors import ConfigError, DiffMorpherError, ModelError, OutputError, UserError
 from ..files.films import check_output
 from ..files.pictures import load_image
+from ..gather import gather
+from ..models.catalog import ASSETS, check_model
 from ..progress import console, quiet_bars, say
+from ..recipe import Recipe, read_recipes
+from ..settings import check_typed, unused
 from . import bench
 from . import options as o
-from .checks import (
-    check_alone,
-    check_counts,
-    check_file,
-    check_fps,
-    check_loras,
-    check_outputs,
-    check_port,
-    check_seed,
-    load_pictures,
-    parse_auth,
-    parse_batch_size,
-    parse_size,
-    warn_unused,
-)
-from .output import given, print_json, save, summary, write
+from .batch import run_batch
+from .checks import check_file, check_loras, check_outputs, check_port, parse_auth
+from .output import figures, print_json, save, summary, write
 from .terminal import StageBars, begin
 
 if TYPE_CHECKING:
@@ -72,170 +62,108 @@ def _top(context: typer.Context, show_version: o.Version = False) -> None:
 
 
 @app.command()
+@o.takes("seed")
 def demo(
-    out: o.OutFolder = Path("diffmorpher-demo"), seed: o.Seed = None, as_json: o.Json = False, debug: o.Debug = False
+    out: o.OutFolder = Path("diffmorpher-demo"), as_json: o.Json = False, debug: o.Debug = False, **typed: Any
 ) -> None:
     """Morph two bundled pictures with the bundled model: a film, a gif and a contact sheet."""
     started = time.perf_counter()
     begin(debug)
-    check_seed(seed)
-    stem = "-".join(name for name, _ in DEMO)
-    outputs = [check_output(out / f"{stem}{suffix}") for suffix in (".mp4", ".gif", ".png")]
-    from ..models.catalog import ASSETS
-
-    images = [load_image(ASSETS / "demo" / f"{name}.png") for name, _ in DEMO]
-    morpher = _load()
+    names, prompts = zip(*DEMO, strict=True)
+    recipe = Recipe(tuple(str(ASSETS / "demo" / f"{name}.png") for name in names), prompts).changed(**typed)
+    outputs = [check_output(out / f"{'-'.join(names)}{suffix}") for suffix in (".mp4", ".gif", ".png")]
+    recipe, pictures = gather(recipe)
+    morpher = _load(recipe)
     loaded = time.perf_counter()
     with StageBars() as progress:
-        result = morpher(images, [prompt for _, prompt in DEMO], progress=progress, **given(seed=seed))
+        result = morpher.make(recipe, pictures, progress)
     seconds = save(result, outputs, started, loaded)
     summary(result, seconds)
     if as_json:
-        print_json(result, outputs[0], seconds)
+        print_json(figures(result, outputs[0], seconds))
     say(f"Look at {outputs[0]} (film), {outputs[1].name} (for web pages) and {outputs[2].name} (all frames at once).")
 
 
 @app.command()
+@o.takes(*o.FILM)
 def morph(
-    images: o.Images,
-    out: o.Out,
-    frames: o.Frames = None,
-    fps: o.Fps = None,
-    loop: o.Loop = False,
-    ping_pong: o.PingPong = False,
+    images: o.Images = None,
+    out: o.Out = None,
+    from_file: o.From = None,
     save_frames: o.SaveFrames = None,
     save_path: o.SavePath = None,
-    prompts: o.Prompts = None,
-    size: o.Size = None,
-    resize: o.Resize = None,
-    lora_steps: o.LoraSteps = None,
-    lora_rank: o.LoraRank = None,
-    lora_lr: o.LoraLr = None,
-    lora: o.Loras = None,
-    no_lora: o.NoLora = False,
-    fix_lora: o.FixLora = None,
-    lora_blend: o.LoraBlend = None,
-    steps: o.Steps = None,
-    attention_lambda: o.AttentionLambda = None,
-    attention_mode: o.AttentionMode = None,
-    no_attention: o.NoAttention = False,
-    no_adain: o.NoAdain = False,
-    no_reschedule: o.NoReschedule = False,
-    paper: o.Paper = False,
-    preview: o.Preview = False,
-    guidance: o.Guidance = None,
-    model: o.Model = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    low_memory: o.LowMemory = False,
-    tf32: o.Tf32 = False,
-    batch_size: o.BatchSize = None,
-    seed: o.Seed = None,
+    save_recipe: o.SaveRecipe = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
+    **typed: Any,
 ) -> None:
     """Morph pictures into a film."""
     started = time.perf_counter()
     begin(debug)
-    check_outputs(out, save_frames, save_path, images)
-    check_fps(fps)
-    check_seed(seed)
-    pixels = parse_size(size)
-    lora, prompts = lora or [], prompts or []
-    check_alone(("--lora", lora), ("--no-lora", no_lora))
-    check_alone(("--lora", lora), ("--preview", preview))
-    if preview:
-        no_lora, no_reschedule = True, True
-        attention_mode = attention_mode or "outer"
-    fitting = {"--lora-steps": lora_steps, "--lora-rank": lora_rank, "--lora-lr": lora_lr}
-    if no_lora:
-        warn_unused(
-            "--preview" if preview else "--no-lora", fitting | {"--fix-lora": fix_lora, "--lora-blend": lora_blend}
-        )
-    if lora:
-        warn_unused("--lora", fitting)
-    if no_attention:
-        typed_mode = None if preview else attention_mode
-        warn_unused("--no-attention", {"--attention-lambda": attention_lambda, "--attention-mode": typed_mode})
-    fit = given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
-    FitConfig(**fit)
-    sampling = given(
-        steps=steps,
-        attention_lambda=0.0 if no_attention else attention_lambda,
-        attention_mode=attention_mode,
-        lora_blend=lora_blend,
-        adain=False if no_adain else None,
-        guidance_scale=guidance,
-        fix_lora=fix_lora,
-        batch_size=parse_batch_size(batch_size),
+    check_typed(typed)
+    images = images or []
+    if from_file is None and not images:
+        raise ConfigError("Missing argument 'IMAGE': give two pictures or more, or a film with --from.")
+    films = [(Recipe(tuple(map(str, images))), None)] if from_file is None else read_recipes(from_file)
+    films = [(recipe.changed(**typed), name) for recipe, name in films]
+    if len(films) > 1 or films[0][1] is not None:
+        if images or save_frames or save_path or save_recipe:
+            raise ConfigError(
+                "a batch says itself which pictures and outputs it has: give -o a folder, and no other output."
+            )
+        run_batch(films, out, started, as_json, _load)
+        return
+    recipe = films[0][0]
+    if out is None and not save_recipe:
+        raise ConfigError("Missing option '-o': say where the film goes, such as -o film.mp4.")
+    for sentence in unused(recipe, typed):
+        warnings.warn(sentence, stacklevel=2)
+    known = {"a picture to be morphed": images, "what the film is made from": [from_file] if from_file else []}
+    check_outputs(out, save_frames, save_path, save_recipe, known)
+    recipe, pictures = gather(recipe, images if from_file else ())
+    inputs = {"a picture to be morphed": recipe.pictures, "a LoRA to be used": recipe.loras}
+    check_outputs(
+        out, save_frames, save_path, save_recipe, {what: [*map(Path, files)] for what, files in inputs.items()}
     )
-    check_counts(len(images), len(prompts), len(lora), frames, loop)
-    SampleConfig(**sampling).check_images(len(images))
-    pictures = load_pictures(images, loop)
-    check_loras(lora)
-    from ..models.catalog import ModelSpec
-
-    morpher = _load(model, device, dtype, low_memory, tf32)
+    check_loras(recipe.loras)
+    if save_recipe:
+        recipe.write(save_recipe)
+    if out is None:
+        say(f"Wrote {save_recipe}")
+        return
+    morpher = _load(recipe)
     loaded = time.perf_counter()
-    options = given(
-        num_frames=frames,
-        loras=lora or None,
-        size=pixels,
-        resize=resize,
-        seed=seed,
-    )
-    recommended = ModelSpec("", "") if paper else morpher.spec
-    options["sample"] = replace(recommended.sample, **sampling)
-    options["fit"] = None if no_lora else replace(recommended.fit, **fit)
-    if paper or no_reschedule:
-        options["schedule"] = ScheduleConfig(enabled=not no_reschedule, method="two-pass" if paper else "insert")
     outputs = [out, *([save_frames] if save_frames else [])]
-    if len(outputs) == 1 and out.suffix.lower() in ("", ".mp4") and not ping_pong:  # written as it is made
-        options["write"] = partial(write, out, fps)
-        outputs = []
+    as_made = len(outputs) == 1 and out.suffix.lower() in ("", ".mp4") and not recipe.ping_pong
     with StageBars() as progress:
-        result = morpher(pictures, prompts or None, loop=loop, progress=progress, **options)
-    seconds = save(result, outputs, started, loaded, fps, save_path, ping_pong)
+        result = morpher.make(recipe, pictures, progress, partial(write, out) if as_made else None)
+    seconds = save(result, [] if as_made else outputs, started, loaded, save_path)
+    if save_recipe:
+        say(f"Wrote {save_recipe}")
     summary(result, seconds)
     if as_json:
-        print_json(result, out, seconds)
+        print_json(figures(result, out, seconds))
 
 
 @app.command()
-def fit(
-    image: o.Image,
-    prompt: o.Prompt,
-    out: o.OutLora,
-    lora_steps: o.LoraSteps = None,
-    lora_rank: o.LoraRank = None,
-    lora_lr: o.LoraLr = None,
-    size: o.Size = None,
-    resize: o.Resize = None,
-    model: o.Model = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    low_memory: o.LowMemory = False,
-    tf32: o.Tf32 = False,
-    seed: o.Seed = None,
-    debug: o.Debug = False,
-) -> None:
+@o.takes(*o.FIT)
+def fit(image: o.Image, prompt: o.Prompt, out: o.OutLora, debug: o.Debug = False, **typed: Any) -> None:
     """Fit one picture's LoRA, to be used in any number of morphs."""
     started = time.perf_counter()
     begin(debug)
     if out.suffix.lower() != ".safetensors":
         raise OutputError(f"output {str(out)!r} must end in .safetensors: a LoRA is written in no other format.")
     check_file(out)
-    check_seed(seed)
-    pixels = parse_size(size)
-    typed = given(steps=lora_steps, rank=lora_rank, learning_rate=lora_lr)
-    FitConfig(**typed)
+    recipe = Recipe().changed(**typed)
     picture = load_image(image)
-    morpher = _load(model, device, dtype, low_memory, tf32)
+    morpher = _load(recipe)
     from ..files.loras import save_lora
 
-    options = given(size=pixels, resize=resize, seed=seed)
+    assert recipe.fit is not None
     with StageBars() as progress:
-        made = morpher.fit(picture, prompt, replace(morpher.spec.fit, **typed), progress=progress, **options)
+        made = morpher.fit(
+            *(picture, prompt, recipe.fit, recipe.seed), size=recipe.size, resize=recipe.resize, progress=progress
+        )
     save_lora(made, out)
     say(f"Wrote {out} in {time.perf_counter() - started:.1f} s.")
 
@@ -280,26 +208,27 @@ app.command()(bench.study)
 # ---- steps of a command
 
 
-def _load(
-    model: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    low_memory: bool = False,
-    tf32: bool = False,
-) -> Morpher:
-    """The model, after its name, the device and the dtype have been checked, which is quicker than loading it."""
-    from ..models.catalog import check_model
+def _load(recipe: Recipe) -> Morpher:
+    """The recipe's model, after its name, the device and the dtype have been checked, which is quicker than loading it."""
     from ..models.loading import choose_device, choose_dtype
 
-    if model is not None:
-        check_model(model)
-    choose_dtype(dtype, choose_device(device))
+    check_model(recipe.model)
+    try:
+        device = choose_device(recipe.device)
+    except ModelError:
+        if recipe.origin is None:
+            raise
+        device = choose_device(None)  # the film was made on another machine
+        warnings.warn(
+            f"{recipe.origin} was made on {recipe.device!r}, which is not here: frames may differ.", stacklevel=2
+        )
+    choose_dtype(recipe.dtype, device)
     with console.status("loading the model"):
         from ..morpher import Morpher
 
         quiet_bars()
         return Morpher.from_pretrained(
-            **given(model=model, device=device, dtype=dtype), low_memory=low_memory, tf32=tf32
+            recipe.model, device=device, dtype=recipe.dtype, low_memory=recipe.low_memory, tf32=recipe.tf32
         )
 
 

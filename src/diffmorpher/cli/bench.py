@@ -16,8 +16,8 @@ from rich.table import Table
 
 from ..errors import ConfigError, DiffMorpherError
 from ..progress import console, quiet_bars, say
+from ..settings import check_seed
 from . import options as o
-from .checks import check_seed
 from .terminal import begin
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="'mini', a folder of pairs, or a .csv or .jsonl manifest.")]
@@ -64,6 +64,7 @@ def complete(arguments: list[str]) -> list[str]:
     return filled
 
 
+@o.takes("model", "device", "steps", "lora_steps", "seed")
 def bench(
     data: Data,
     methods: Methods,
@@ -73,17 +74,13 @@ def bench(
     jobs: Jobs = "auto",
     ray: Ray = None,
     inception: InceptionFile = None,
-    model: o.Model = None,
-    device: o.Device = None,
     frames: BenchFrames = None,
-    steps: o.Steps = None,
-    lora_steps: o.LoraSteps = None,
-    seed: o.Seed = None,
     debug: o.Debug = False,
+    **typed: Any,
 ) -> None:
     """Run methods on a data set of pairs: figures, films, a report."""
     begin(debug)
-    check_seed(seed)
+    check_seed(typed.get("seed"))
     if pairs is not None and pairs < 1:
         raise ConfigError(f"--pairs is {pairs}, but must be a whole number of at least 1.")
     from ..config import FitConfig
@@ -101,15 +98,16 @@ def bench(
     part, parts = parse_shard(shard)
     dataset = load_dataset(data)
     names = tuple(resolve_methods(methods))
-    given = {"frames": frames, "steps": steps, "seed": seed, "model": model, "device": device}
-    fit = {} if lora_steps is None else {"fit": FitConfig(steps=lora_steps)}
-    settings = Settings(names, **{k: v for k, v in given.items() if v is not None}, **fit)  # type: ignore[arg-type]
+    chosen_settings = typed | ({} if frames is None else {"frames": frames})
+    if "lora_steps" in typed:
+        chosen_settings["fit"] = FitConfig(steps=chosen_settings.pop("lora_steps"))
+    settings = Settings(names, **chosen_settings)
     chosen = dataset.take(pairs)
     mine = chosen[part - 1 :: parts]
     out.mkdir(parents=True, exist_ok=True)
     quiet_bars()
     try:
-        _run(run_bench(mine, settings, out, choose_jobs(jobs, device), ray), len(mine) * len(names))
+        _run(run_bench(mine, settings, out, choose_jobs(jobs, settings.device), ray), len(mine) * len(names))
     finally:
         results = collect(dataset, chosen, settings, out, shlex.join(["diffmorpher", *sys.argv[1:]]), inception)
     report = write_report(results, out)
@@ -152,17 +150,19 @@ def compare(a: ResultsA, b: ResultsB, as_json: o.Json = False, debug: o.Debug = 
     say("* the interval does not hold 0.")
 
 
+@o.takes("seed")
 def study(
     run: Run = None,
     methods: Two = "diffmorpher,ddim",
     out: StudyOut = Path("study.html"),
     tally: Tally = None,
-    seed: o.Seed = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
+    **typed: Any,
 ) -> None:
     """Which film is better? A page for a blind vote between two methods, and the count of its votes."""
     begin(debug)
+    seed = typed.get("seed", 0)
     check_seed(seed)
     if (run is None) == (not tally):
         raise ConfigError("give the folder of a benchmark to make a study, or --tally with files of votes.")
@@ -173,9 +173,7 @@ def study(
         names = [name.strip() for name in methods.split(",")]
         if len(names) != 2:
             raise ConfigError(f"--methods is {methods!r}, but a study compares two: give A,B.")
-        say(
-            f"Wrote {write_study(run, (names[0], names[1]), out, seed or 0)}: open it in a browser, or send it to others."
-        )
+        say(f"Wrote {write_study(run, (names[0], names[1]), out, seed)}: open it in a browser, or send it to others.")
         return
     found = count(tally or [])
     if as_json:

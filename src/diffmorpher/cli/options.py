@@ -1,18 +1,20 @@
-"""The command line's options: their names and help. Defaults are read from the library, which alone holds them."""
+"""The command line's options. Those of a film's settings are made from their table; here are those that are its own."""
 
 from __future__ import annotations
 
-from inspect import signature
+import functools
+import inspect
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from ..config import NUM_FRAMES, FitConfig, SampleConfig
-from ..files.films import save_film
+from ..recipe import Recipe
+from ..settings import BY_NAME, SETTINGS, Setting, parse_size
 
-_FIT, _SAMPLE = FitConfig(), SampleConfig()
-_FPS = signature(save_film).parameters["fps"].default
+_PLAIN = Recipe()
 
 
 def _option(panel: str, names: str, text: str, metavar: str = " ", default: object = None) -> Any:
@@ -25,105 +27,34 @@ def _argument(metavar: str, text: str) -> Any:
     return typer.Argument(metavar=metavar, help=text, show_default=False)
 
 
-Images = Annotated[list[Path], _argument("IMAGE", "Two or more pictures, of any size.")]
+Images = Annotated[list[Path] | None, _argument("IMAGE", "Two or more pictures, of any size.")]
 Image = Annotated[Path, _argument("IMAGE", "The picture, of any size.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.", metavar=" ", show_default=False)]
 
 Out = Annotated[
-    Path, _option("Output", "-o --out", ".mp4, .gif, .webp, .png (contact sheet) or a folder for frames.", "OUT")
+    Path | None, _option("Output", "-o --out", ".mp4, .gif, .webp, .png (contact sheet) or a folder for frames.", "OUT")
 ]
 OutFolder = Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.", metavar="DIR")]
 OutLora = Annotated[Path, _option("Output", "-o --out", "A .safetensors file, for 'morph --lora' or others.", "OUT")]
-Frames = Annotated[int | None, _option("Output", "--frames", "How many; at least one for each image.", "N", NUM_FRAMES)]
-Fps = Annotated[float | None, _option("Output", "--fps", "Frames per second.", "F", _FPS)]
-PingPong = Annotated[bool, _option("Output", "--ping-pong", "Play forwards, then backwards.")]
-Loop = Annotated[bool, _option("Output", "--loop", "Return to the first image.")]
 SaveFrames = Annotated[Path | None, _option("Output", "--save-frames", "Also write every frame as PNG.", "DIR")]
 SavePath = Annotated[
     Path | None, _option("Output", "--save-path", "Also write what Python's MorphPath.load reads.", "FILE")
 ]
 
-Prompts = Annotated[
-    list[str] | None, _option("Pictures", "-p --prompt", "What they show: one for all, or repeat it for each.", "TEXT")
+From = Annotated[
+    Path | None,
+    _option(
+        "Output",
+        "--from",
+        "A film made before, to make it again, or changed by further options; a recipe (.toml); or a batch (.toml, .csv).",
+        "FILE",
+    ),
 ]
+SaveRecipe = Annotated[
+    Path | None, _option("Output", "--save-recipe", "Also write all settings, as --from reads them.", "FILE.toml")
+]
+
 Prompt = Annotated[str, _option("Pictures", "-p --prompt", "What it shows; give 'morph' the same.", "TEXT")]
-Size = Annotated[
-    str | None, _option("Pictures", "--size", "Working size, such as 512x512.", "WxH", "what suits the model")
-]
-Resize = Annotated[
-    Literal["crop", "pad"] | None,
-    _option("Pictures", "--resize", "Cut what stands over, or pad with white.", "crop|pad", "crop"),
-]
-
-LoraSteps = Annotated[
-    int | None, _option("LoRAs", "--lora-steps", "More keep finer detail, fewer are quicker.", "N", f"{_FIT.steps} *")
-]
-LoraRank = Annotated[
-    int | None, _option("LoRAs", "--lora-rank", "Larger holds more of a picture.", "R", f"{_FIT.rank} *")
-]
-LoraLr = Annotated[
-    float | None,
-    _option("LoRAs", "--lora-lr", "Lower it if frames break up.", "X", f"{_FIT.learning_rate:g} *"),
-]
-Loras = Annotated[
-    list[Path] | None, _option("LoRAs", "--lora", "Use files fitted before: repeat it, one for each image.", "FILE")
-]
-NoLora = Annotated[bool, _option("LoRAs", "--no-lora", "Do without: quick but rough.")]
-FixLora = Annotated[
-    float | None, _option("LoRAs", "--fix-lora", "Hold the mix: 0 is the first image's LoRA, 1 the second's.", "W")
-]
-LoraBlend = Annotated[
-    Literal["auto", "factors", "product"] | None,
-    _option("LoRAs", "--lora-blend", "How two are mixed.", "auto|factors|product", _SAMPLE.lora_blend),
-]
-
-Steps = Annotated[
-    int | None, _option("Method", "--steps", "Diffusion steps; fewer are quicker.", "T", f"{_SAMPLE.steps} *")
-]
-AttentionLambda = Annotated[
-    float | None,
-    _option("Method", "--attention-lambda", "0 to 1; more makes steadier frames.", "L", _SAMPLE.attention_lambda),
-]
-AttentionMode = Annotated[
-    Literal["features", "kv", "outer"] | None,
-    _option("Method", "--attention-mode", "What of the ends is mixed.", "features|kv|outer", _SAMPLE.attention_mode),
-]
-NoAttention = Annotated[bool, _option("Method", "--no-attention", "Do not mix self-attention.")]
-NoAdain = Annotated[bool, _option("Method", "--no-adain", "Do not match the colours of the two ends.")]
-NoReschedule = Annotated[bool, _option("Method", "--no-reschedule", "Do not even out the speed.")]
-Paper = Annotated[
-    bool,
-    _option(
-        "Method", "--paper", "The paper's settings throughout, in place of the model's own: some three times the work."
-    ),
-]
-Preview = Annotated[
-    bool,
-    _option("Method", "--preview", "A rough film soon: --no-lora --no-reschedule --attention-mode outer."),
-]
-Guidance = Annotated[
-    float | None,
-    _option(
-        "Method", "--guidance", "Above 1 heeds prompts more, in twice the time.", "G", f"{_SAMPLE.guidance_scale:g}"
-    ),
-]
-
-Model = Annotated[
-    str | None, _option("Model", "--model", "A name that 'info' lists, hub id, folder or .safetensors file.", "M")
-]
-Device = Annotated[str | None, _option("Model", "--device", "cpu, cuda, cuda:1, mps ...", "D", "the fastest present")]
-Dtype = Annotated[
-    str | None, _option("Model", "--dtype", "float32, bfloat16, float16.", "T", "float32, on CUDA 16 bits")
-]
-BatchSize = Annotated[
-    str | None,
-    _option("Model", "--batch-size", "Frames at once; lower it if memory runs out.", "B", _SAMPLE.batch_size),
-]
-
-LowMemory = Annotated[
-    bool, _option("Model", "--low-memory", "The same film in less memory and more time; for GPUs of 8 GB.")
-]
-Tf32 = Annotated[bool, _option("Model", "--tf32", "Let a GPU round float32 products to TF32: faster, less exact.")]
 
 Host = Annotated[
     str,
@@ -133,6 +64,74 @@ Port = Annotated[int | None, _option("Page", "--port", "Port to listen on.", "P"
 Share = Annotated[bool, _option("Page", "--share", "Also give it a public address, through gradio.live.")]
 Auth = Annotated[str | None, _option("Page", "--auth", "Ask visitors for this name and password.", "USER:PASSWORD")]
 
-Seed = Annotated[int | None, _option("Other", "--seed", "The same one repeats a result, another gives another.", "S")]
 Json = Annotated[bool, _option("Other", "--json", "Print the run's figures to standard output, as one JSON object.")]
 Debug = Annotated[bool, _option("Other", "--debug", "Show where an error comes from, and all warnings.")]
+
+
+# ---- settings
+
+#: Settings of a film in the order of the help; those that say how one LoRA is fitted; those of the model alone.
+FILM = tuple(each.name for each in SETTINGS)
+MODEL = ("model", "device", "dtype", "low_memory", "tf32")
+FIT = ("lora_steps", "lora_rank", "lora_lr", "size", "resize", *MODEL, "seed")
+
+
+def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options of these settings; it is called with those that were typed, by the settings' names."""
+    settings = [BY_NAME[name] for name in names]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        last = [p for p in own if p.name in ("as_json", "debug")]
+        shown = [*(p for p in own if p not in last), *map(_parameter, settings), *last]
+
+        @functools.wraps(command)
+        def with_typed(**values: Any) -> None:
+            chosen = {each: values.pop(each.name) for each in settings}
+            typed = {each.name: _read(each, value) for each, value in chosen.items() if value not in (None, False, [])}
+            command(**values, **typed)
+
+        with_typed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [p.replace(kind=p.KEYWORD_ONLY) for p in shown]
+        )
+        return with_typed
+
+    return decorate
+
+
+def _parameter(each: Setting) -> inspect.Parameter:
+    limits, default = each.limits, each.get(_PLAIN)
+    if each.is_switch:
+        kind: Any = bool
+    elif each.is_list:
+        kind = list[str] | None
+    elif limits is None or each.name == "batch_size":
+        kind = str | None
+    else:
+        kind = (Literal[limits.choices] if limits.choices else limits.kind) | None
+    shown = each.said(default) if default not in (None, ()) else each.unset or None
+    if each.is_model_own:
+        paper = each.get(_PLAIN.changed(paper=True))
+        shown = f"what suits the model (the paper: {each.said(paper)})"
+    option = _option(
+        each.group,
+        "-p --prompt" if each.name == "prompt" else each.option,
+        each.help,
+        each.metavar,
+        None if each.is_switch else shown,
+    )
+    default_value = False if each.is_switch else None
+    return inspect.Parameter(
+        each.name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=Annotated[kind, option]
+    )
+
+
+def _read(each: Setting, value: Any) -> Any:
+    """What was typed as what the setting takes."""
+    if each.is_on:
+        return False  # its option switches it off
+    if each.name == "size":
+        return parse_size(value)
+    if each.name == "batch_size":  # a whole number as an int; `SampleConfig` judges the rest
+        return int(value) if re.fullmatch(r"-?[0-9]{1,9}", value) else value
+    return value

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files.films import read_settings, save_film
+from ..files.films import read_settings, save_made
 from ..progress import say
 from .terminal import show_seconds
 
@@ -24,26 +23,18 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def write(out: Path, fps: float | None, frames: Iterable[Image.Image], settings: dict[str, Any]) -> None:
-    """Write a film as its frames come; with the settings in it that `MorphResult.save` would put there."""
-    speed = given(fps=fps)
-    metadata = settings | {"fps": signature(save_film).parameters["fps"].default, "ping_pong": False} | speed
-    save_film(frames, out, metadata=metadata, **speed)
+def write(out: Path, frames: Iterable[Image.Image], settings: dict[str, Any]) -> None:
+    """Write a film as its frames come."""
+    save_made(frames, out, settings)
     say(f"Wrote {out}")
 
 
 def save(
-    result: MorphResult,
-    outputs: Sequence[Path],
-    started: float,
-    loaded: float,
-    fps: float | None = None,
-    save_path: Path | None = None,
-    ping_pong: bool = False,
+    result: MorphResult, outputs: Sequence[Path], started: float, loaded: float, save_path: Path | None = None
 ) -> dict[str, float]:
     """Write the film in each place; return the seconds of every stage, of which "save" is what the others are not."""
     for output in outputs:
-        result.save(output, **given(fps=fps), ping_pong=ping_pong)
+        result.save(output)
     if save_path:
         result.path.save(save_path)
     for output in [*outputs, *([save_path] if save_path else [])]:
@@ -57,8 +48,9 @@ def summary(result: MorphResult, seconds: dict[str, float]) -> None:
     say(f"{len(result.alphas)} frames, {result.unet_rows} U-Net rows, PPL {result.ppl:.3f}, PDV {result.pdv:.2e}")
 
 
-def print_json(result: MorphResult, output: Path, seconds: dict[str, float]) -> None:
-    figures = {
+def figures(result: MorphResult, output: Path, seconds: dict[str, float]) -> dict[str, Any]:
+    """What `--json` prints of a film."""
+    return {
         "output": str(output),
         "frames": len(result.alphas),
         "alphas": result.alphas,
@@ -70,4 +62,7 @@ def print_json(result: MorphResult, output: Path, seconds: dict[str, float]) -> 
         **{name: result.settings[name] for name in ("model", "device", "seed")},
         "settings": read_settings(output),
     }
-    print(json.dumps(figures, allow_nan=False))
+
+
+def print_json(found: dict[str, Any]) -> None:
+    print(json.dumps(found, allow_nan=False))

@@ -14,11 +14,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
+from ..config import FPS
 from ..errors import ConfigError, ImageError, OutputError
 from .atomic import replacing, temporary
 
@@ -78,7 +80,7 @@ def save_film(
     frames: Iterable[Image.Image],
     out: PathLike,
     *,
-    fps: float = 8,
+    fps: float = FPS,
     metadata: Mapping[str, object] | None = None,
     ping_pong: bool = False,
 ) -> Path:
@@ -123,6 +125,21 @@ def save_film(
             raise
         raise _cannot_write(path, error) from error
     return path
+
+
+def save_made(
+    frames: Iterable[Image.Image],
+    out: PathLike,
+    settings: Mapping[str, Any],
+    fps: float | None = None,
+    ping_pong: bool | None = None,
+) -> Path:
+    """`save_film` with the settings that the frames were made with; None takes the speed that these name, or the usual one."""
+    speed = settings.get("fps", FPS) if fps is None else fps
+    both_ways = settings.get("ping_pong", False) if ping_pong is None else ping_pong
+    whole = isinstance(speed, float) and speed.is_integer()  # 8 and 8.0 are one speed, and one metadata
+    metadata = {**settings, "fps": int(speed) if whole else speed, "ping_pong": both_ways}
+    return save_film(frames, out, fps=speed, metadata=metadata, ping_pong=both_ways)
 
 
 class _Coming:

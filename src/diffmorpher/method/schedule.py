@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..config import stretches_and_gaps
 
 
 def even_alphas(alphas: Sequence[float], distances: Sequence[float], num: int) -> list[float]:
@@ -43,23 +43,12 @@ def share_gaps(gaps: int, lengths: Sequence[float]) -> list[int]:
     return [1 + s for s in shares]
 
 
-def _stretches(num_frames: int, num_images: int, loop: bool) -> tuple[int, int]:
-    stretches = num_images if loop else num_images - 1
-    gaps = num_frames if loop else num_frames - 1
-    if gaps < stretches:
-        needed = stretches if loop else stretches + 1
-        raise ConfigError(
-            f"{num_frames} frames are too few for {num_images} images{' in a loop' if loop else ''}; ask for at least {needed}."
-        )
-    return stretches, gaps
-
-
 def uniform_positions(num_frames: int, num_images: int, loop: bool = False) -> list[float]:
     """Positions evenly spaced in alpha on each stretch, the stretches sharing the gaps as evenly as whole numbers allow.
 
     Raises `ConfigError` when the frames are too few to show every image.
     """
-    stretches, gaps = _stretches(num_frames, num_images, loop)
+    stretches, gaps = stretches_and_gaps(num_frames, num_images, loop)
     positions = [k + i / share for k, share in enumerate(share_gaps(gaps, [1.0] * stretches)) for i in range(share)]
     return positions if loop else [*positions, float(stretches)]
 
@@ -72,7 +61,7 @@ def even_positions(
     positions, distances: the first pass and the distance after each of its frames (n - 1 of them, in a loop n).
     Each stretch is rescheduled by `even_alphas` and gets gaps in proportion to its perceptual length.
     """
-    stretches, gaps = _stretches(num_frames, num_images, loop)
+    stretches, gaps = stretches_and_gaps(num_frames, num_images, loop)
     closed = np.asarray([*positions, float(stretches)] if loop else positions, dtype=np.float64)
     steps = np.asarray(distances, dtype=np.float64)
     members = [np.flatnonzero((closed >= k) & (closed <= k + 1)) for k in range(stretches)]

@@ -44,6 +44,12 @@ CATALOG: dict[str, ModelSpec] = {
 }
 
 
+def bare_name(model: str) -> str:
+    """A model's name as it goes into files that travel: of a folder or a file no more than its own name."""
+    local = model not in CATALOG and Path(model).expanduser().exists()
+    return Path(model).expanduser().resolve().name if local else model
+
+
 def check_model(model: str) -> None:
     """Raise `ModelError` if `model` cannot be a model, without loading anything."""
     path = Path(model).expanduser()

@@ -20,14 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..cli.checks import check_counts
-from ..config import SampleConfig
+from ..config import stretches_and_gaps
 from ..errors import ConfigError, DiffMorpherError, ImageError, UserError
 from ..files.films import read_settings
 from ..files.pictures import image_hash, load_image
 from ..models.catalog import check_model
+from ..progress import ProgressCallback
+from ..recipe import Recipe, film_name
 from .line import Job, Line, Work
-from .settings import MAX_PICTURES, MAX_PROMPT, Settings, different_names, film_name
+from .settings import MAX_PICTURES, MAX_PROMPT, different_names
 
 if TYPE_CHECKING:
     from ..files.loras import Lora
@@ -53,7 +54,7 @@ class Film:
     """What a visitor's last run left: the frames, the path to sample more from, the files to download."""
 
     result: MorphResult
-    settings: Settings
+    recipe: Recipe
     name: str
     command: str
     folder: Path
@@ -185,7 +186,7 @@ class Studio:
     def morph(
         self,
         session: Session,
-        settings: Settings,
+        recipe: Recipe,
         pictures: Sequence[Picture],
         prompts: Sequence[str],
         *,
@@ -193,37 +194,43 @@ class Studio:
         path_file: Path | None = None,
     ) -> Job:
         """Put a film into the line; what cannot work is said at once. The result is a `Film`. Raises `UserError`."""
-        if self._models is not None and settings.model not in self._models:
+        if self._models is not None and recipe.model not in self._models:
             raise ConfigError(
-                f"the model {settings.model!r} cannot be chosen here; take one of {', '.join(self._models)}."
+                f"the model {recipe.model!r} cannot be chosen here; take one of {', '.join(self._models)}."
             )
-        check_model(settings.model)
-        texts = [" ".join(prompt.split())[:MAX_PROMPT] for prompt in prompts]
+        check_model(recipe.model)
+        images: list[Image.Image] = []
         if path_file is None:
-            check_counts(len(pictures), len(texts), len(loras), settings.frames, settings.loop)
-            settings.sample_config(SampleConfig()).check_images(len(pictures))
+            names = different_names([picture.name for picture in pictures])
+            recipe = replace(
+                recipe,
+                pictures=tuple(names),
+                prompts=tuple(" ".join(prompt.split())[:MAX_PROMPT] for prompt in prompts),
+                loras=tuple(lora.name for lora in loras),
+            )
+            recipe.check()
             images = [load_image(picture.file) for picture in pictures]
-            _check_neighbours(images, [picture.name for picture in pictures], settings.loop)
+            hashes = tuple(image_hash(image) for image in images)
+            _check_neighbours(hashes, [picture.name for picture in pictures], recipe.loop)
+            recipe = replace(recipe, picture_hashes=hashes)
         for file in (*loras, *([path_file] if path_file else [])):
             _check_bytes(file, MAX_FILE_BYTES)
-        names = different_names([picture.name for picture in pictures])
 
-        def work(progress: Callable[[str, int, int], None]) -> Film:
+        def work(progress: ProgressCallback) -> Film:
             started = time.monotonic()
             progress("load", 0, 1)
-            morpher = self.load(settings.model)
+            morpher = self.load(recipe.model)
             progress("load", 1, 1)
             if path_file is not None:
-                path, name, command = _load_path(path_file, morpher, settings), path_file.stem, ""
+                path, name, command = _load_path(path_file, morpher, recipe), path_file.stem, ""
             else:
-                path = self._prepare(morpher, settings, images, texts, loras, progress)
-                name = film_name(names)
-                command = settings.command(names, texts, [lora.name for lora in loras])
-            sample = settings.sample_config(path.sample_config)
-            result = morpher.film(path, settings.frames, sample, settings.schedule_config(), progress)
+                path = self._prepare(morpher, recipe, images, loras, progress)
+                name, command = film_name(recipe.pictures), recipe.command()
+            path.settings |= {"fps": recipe.fps, "ping_pong": recipe.ping_pong}
+            result = morpher.film(path, recipe.frames, recipe.sample, recipe.schedule, progress)
             progress("save", 0, 1)
-            film = Film(result, settings, name, command, session.new_folder())
-            result.save(film.video, settings.fps, settings.ping_pong)
+            film = Film(result, recipe, name, command, session.new_folder())
+            result.save(film.video)
             progress("save", 1, 1)
             film.seconds = time.monotonic() - started
             if session.closed:
@@ -239,9 +246,9 @@ class Studio:
         """Put one frame of the visitor's own film into the line. The result is a picture. Raises `UserError`."""
         film = self._film(session)
 
-        def work(progress: Callable[[str, int, int], None]) -> Image.Image:
+        def work(progress: ProgressCallback) -> Image.Image:
             path = film.result.path
-            return path.sample([alpha], film.settings.sample_config(path.sample_config), progress=progress)[0]
+            return path.sample([alpha], film.recipe.sample, progress=progress)[0]
 
         return self._start(session, "frame", work)
 
@@ -259,55 +266,52 @@ class Studio:
     def _prepare(
         self,
         morpher: Morpher,
-        settings: Settings,
+        recipe: Recipe,
         images: Sequence[Image.Image],
-        prompts: Sequence[str],
         loras: Sequence[Path],
-        progress: Callable[[str, int, int], None],
+        progress: ProgressCallback,
     ) -> MorphPath:
         """The prepared path, found again by the content of everything it depends on."""
         from ..files.loras import load_lora
 
-        fit = None if loras else settings.fit_config(morpher.spec.fit)
         loaded: list[Lora] | None = [load_lora(file) for file in loras] or None
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in loras]
-        parts = (settings.model, fit, settings.pixels, settings.resize, settings.seed)
-        key = repr((parts, [image_hash(image) for image in images], list(prompts), digests))
+        digests = tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in loras)
+        parts = (recipe.model, recipe.fit, recipe.size, recipe.resize, recipe.seed)
+        key = repr((parts, recipe.picture_hashes, recipe.prompts, digests))
         if key not in self._paths:
             self._paths[key] = morpher.prepare(
                 images,
-                list(prompts),
+                recipe.prompts,
                 loaded,
-                fit,
-                settings.seed,
-                size=settings.pixels,
-                resize="pad" if settings.resize == "pad" else "crop",
-                steps=settings.steps,
+                recipe.fit,
+                recipe.seed,
+                size=recipe.size,
+                resize=recipe.resize,
+                steps=recipe.sample.steps,
                 progress=progress,
             )
-            if loras:
-                self._paths[key].settings["loras"] = [file.name for file in loras]
             while len(self._paths) > KEPT_PATHS:
                 self._paths.popitem(last=False)
         self._paths.move_to_end(key)
         path = self._paths[key]
-        path.noises_at(settings.steps or morpher.spec.sample.steps, progress)
-        about = path.settings | {"loop": settings.loop}
-        return replace(path, loop=settings.loop, settings=about, sample_config=morpher.spec.sample)
+        path.noises_at(recipe.sample.steps, progress)
+        about: dict[str, Any] = {"loop": recipe.loop, "pictures": list(recipe.pictures)}
+        about |= {"loras": list(recipe.loras), "lora_hashes": list(digests)} if loras else {}
+        return replace(path, loop=recipe.loop, settings=path.settings | about, sample_config=morpher.spec.sample)
 
     # ---- files to download
 
     @staticmethod
     def files(film: Film) -> dict[str, Callable[[], Path]]:
         """What a film can be downloaded as: name of the kind -> a function that writes the file and returns its path."""
-        result, settings = film.result, film.settings
+        result = film.result
 
         def film_as(suffix: str) -> Callable[[], Path]:
             file = film.folder / f"{film.name}{suffix}"
-            return lambda: file if file.exists() else result.save(file, settings.fps, settings.ping_pong)
+            return lambda: file if file.exists() else result.save(file)
 
         def frames() -> Path:
-            folder = result.save(film.folder / "frames", settings.fps)
+            folder = result.save(film.folder / "frames")
             return _zip(film.folder / f"{film.name}-frames.zip", sorted(folder.iterdir()))
 
         def loras() -> Path:
@@ -349,24 +353,22 @@ def _check_bytes(file: Path, most: int) -> None:
         )
 
 
-def _check_neighbours(images: Sequence[Image.Image], names: Sequence[str], loop: bool) -> None:
-    hashes = [image_hash(image) for image in images]
-    for i in range(len(images) if loop else len(images) - 1):
-        j = (i + 1) % len(images)
+def _check_neighbours(hashes: Sequence[str], names: Sequence[str], loop: bool) -> None:
+    for i in range(len(hashes) if loop else len(hashes) - 1):
+        j = (i + 1) % len(hashes)
         if hashes[i] == hashes[j]:
             raise ImageError(f"{names[i]!r} and {names[j]!r} are the same picture: give two that differ.")
 
 
-def _load_path(file: Path, morpher: Morpher, settings: Settings) -> MorphPath:
-    from ..method.schedule import uniform_positions
+def _load_path(file: Path, morpher: Morpher, recipe: Recipe) -> MorphPath:
     from ..path import MorphPath
 
     try:
         path = MorphPath.load(file, morpher)
     except UserError as error:
         raise type(error)(str(error).replace(str(file), file.name)) from error
-    uniform_positions(settings.frames, path.num_images, settings.loop)
-    return replace(path, loop=settings.loop, settings=path.settings | {"loop": settings.loop})
+    stretches_and_gaps(recipe.frames, path.num_images, recipe.loop)
+    return replace(path, loop=recipe.loop, settings=path.settings | {"loop": recipe.loop})
 
 
 def _zip(out: Path, files: Sequence[Path]) -> Path:

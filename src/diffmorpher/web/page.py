@@ -27,11 +27,13 @@ from starlette.responses import PlainTextResponse
 from ..errors import UserError
 from ..models.catalog import ASSETS
 from ..progress import say
+from ..recipe import Recipe
+from . import html
 from .jobs import MAX_FILE_BYTES, Studio, explain, figures
 from .line import Job
 from .panel import models, settings_panel
-from .parts import LOOK, Pictures, Result, Updates, key_of
-from .settings import MAX_PICTURES, Settings
+from .parts import LOOK, Pictures, Result, Updates, key_of, quietly
+from .settings import MAX_PICTURES, chosen, fields_of
 
 _HERE = Path(__file__).parent
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -156,13 +158,13 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             result = Result(studio)
             with gr.Column(elem_id="left"):
                 pictures = Pictures(studio)
-                settings, loras, path_file = settings_panel(typed_models, result.buttons)
+                settings, loras, path_file, film, film_note = settings_panel(typed_models, result.buttons)
             with gr.Column(elem_id="right"):
                 result.film()
 
         async def on_morph(request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
             session = studio.session(key_of(request))
-            prompts, (lora_files, path), chosen = (
+            prompts, (lora_files, path), sent = (
                 values[:MAX_PICTURES],
                 values[MAX_PICTURES:][:2],
                 values[MAX_PICTURES:][2:],
@@ -173,7 +175,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
                     studio.hold(session, Path(file))
                 return studio.morph(
                     session,
-                    Settings.checked(**dict(zip(settings, chosen, strict=True))),
+                    chosen(dict(zip(settings, sent, strict=True))),
                     list(session.pictures),
                     [prompt or "" for prompt in prompts[: len(session.pictures)]],
                     loras=[Path(file) for file in lora_files or []],
@@ -182,6 +184,30 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
 
             async for update in result.follow(start):
                 yield update
+
+        def on_film(request: gr.Request, file: str | None) -> Updates:
+            """Its settings fill the form, its prompts the fields beside the pictures."""
+            if file is None:
+                return {film_note: gr.update(visible=False)}
+            studio.hold(studio.session(key_of(request)), Path(file))
+            try:
+                recipe = Recipe.read(file)
+                values, missing = fields_of(recipe)
+                chosen(values)  # what this page allows
+            except UserError as error:
+                text = explain(type(error)(str(error).replace(file, Path(file).name)))
+                return {film_note: gr.update(value=html.note(text, "error"), visible=True)}
+            names = " and ".join(Path(name).name for name in recipe.pictures)
+            text = f"The settings are those of {Path(file).name}. Add its pictures: {names}."
+            text += f" The page has no field for {', '.join(missing)}: not taken over." if missing else ""
+            texts = [*recipe.prompts, *[""] * MAX_PICTURES][:MAX_PICTURES]
+            return {
+                **{settings[name]: value for name, value in values.items()},
+                **dict(zip(pictures.prompts, texts, strict=True)),
+                film_note: gr.update(value=html.note(text), visible=True),
+            }
+
+        film.change(on_film, film, [*settings.values(), *pictures.prompts, film_note], **quietly())
 
         run = result.morph.click(
             on_morph,
@@ -210,7 +236,7 @@ def _api(studio: Studio, settings: dict[str, Any]) -> None:
         film, facts = gr.File(label="The film, an mp4"), gr.JSON(label="The figures that --json prints")
         button = gr.Button()
 
-    async def api(request: gr.Request, images: list[str], prompts: Any = None, *chosen: Any) -> tuple[str, Any]:
+    async def api(request: gr.Request, images: list[str], prompts: Any = None, *sent: Any) -> tuple[str, Any]:
         session = studio.session(key_of(request))
         session.pictures.clear()
         texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
@@ -220,7 +246,7 @@ def _api(studio: Studio, settings: dict[str, Any]) -> None:
                 studio.add_picture(session, Path(image))
             return studio.morph(
                 session,
-                Settings.checked(**dict(zip(settings, chosen, strict=True))),
+                chosen(dict(zip(settings, sent, strict=True))),
                 session.pictures,
                 list(map(str, texts)),
             )

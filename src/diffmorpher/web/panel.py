@@ -1,16 +1,19 @@
-"""The settings on the page: all of `web_settings`, each with a line that says when to touch it."""
+"""The settings on the page, made from their table, each with a line that says when to touch it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..config import FitConfig, SampleConfig
+from ..files.films import FORMATS
 from ..models.catalog import CATALOG, cached_models
-from .settings import MAX_FRAMES, Settings
+from ..recipe import Recipe
+from ..settings import BY_NAME, PRESETS
+from .settings import MOST, NAMES, shown
 
 
 def models(typed: bool) -> list[tuple[str, str]]:
@@ -24,105 +27,78 @@ def models(typed: bool) -> list[tuple[str, str]]:
     return found + [(f"{name} ({about})", name) for name, about in cached.items() if name not in known]
 
 
-def settings_panel(typed_models: bool, run: Callable[[], None]) -> tuple[dict[str, Any], gr.File, gr.File]:
-    """All settings by name, those that few need folded away below the button that `run` makes; LoRA files; a path file.
+#: (least, most, step) of the settings that have a slider, and the words for the choices of those that have them.
+_SLIDERS = {
+    "frames": (2, MOST["frames"], 1),
+    "fps": (1, 60, 1),
+    "attention_lambda": (0, 1, 0.05),
+    "guidance": (1, 15, 0.5),
+}
+_CHOICES = {"resize": [("Crop", "crop"), ("Pad with white", "pad")]}
+#: The folded sections below the button, and the pairs of fields in them.
+_SECTIONS = {
+    "Model and size": [["model"], ["size", "resize"], ["seed"]],
+    "Learning the pictures (LoRA)": [["no_lora"], ["lora_steps", "lora_rank"], ["lora_lr", "fix_lora"]],
+    "Making the frames": [["steps", "attention_lambda"], ["adain", "reschedule"], ["guidance"]],
+}
+_PLAIN = Recipe()
 
-    Each says in one line when to touch it.
-    """
-    d, fit = Settings(), FitConfig()
+
+def settings_panel(
+    typed_models: bool, run: Callable[[], None]
+) -> tuple[dict[str, Any], gr.File, gr.File, gr.File, gr.HTML]:
+    """All settings by name, those that few need folded away below the button that `run` makes; LoRA files; a path; a film."""
     parts: dict[str, Any] = {}
 
-    def add(name: str, part: Any) -> None:
-        part.elem_id = name
-        parts[name] = part
+    def add(rows: list[list[str]]) -> None:
+        for names in rows:
+            with gr.Row(elem_classes="pair") if len(names) > 1 else nullcontext():
+                for name in names:
+                    parts[name] = _field(name, typed_models)
 
-    def optional(name: str, label: str, placeholder: str, info: str) -> None:
-        add(name, gr.Textbox("", label=label, placeholder=placeholder, info=info, max_lines=1))
-
-    own = "Empty: the model's own."
     gr.HTML("<h2>2. Film</h2>")
-    with gr.Row(elem_classes="pair"):
-        add(
-            "frames",
-            gr.Slider(2, MAX_FRAMES, d.frames, step=1, label="Frames", info="More is smoother, and longer."),
-        )
-        add("fps", gr.Slider(1, 60, d.fps, step=1, label="Frames a second", info="More is faster, and shorter."))
-    with gr.Row(elem_classes="pair"):
-        add("loop", gr.Checkbox(d.loop, label="Loop", info="Leads back to the first picture."))
-        add("ping_pong", gr.Checkbox(d.ping_pong, label="Ping-pong", info="Plays forwards, then backwards."))
+    add([["frames", "fps"], ["loop", "ping_pong"]])
+    parts["preset"] = gr.Radio(
+        [("As the model suggests", ""), *((BY_NAME[name].label, name) for name in reversed(PRESETS))],
+        value="",
+        label="Settings",
+        info="Quick: a rough film soon. As the paper: some three times the work.",
+        elem_id="preset",
+    )
     run()
     with gr.Column(elem_id="more"):
-        with gr.Accordion("Model and size", open=False):
-            add(
-                "model",
-                gr.Dropdown(
-                    models(typed_models),
-                    value=d.model,
-                    label="Model",
-                    allow_custom_value=typed_models,
-                    info="The bundled one knows emoji. For photographs take a Stable Diffusion model"
-                    + (", or type a hub id or a folder." if typed_models else "."),
-                ),
-            )
-            with gr.Row(elem_classes="pair"):
-                add("size", gr.Textbox(d.size, label="Size", placeholder="512x512", max_lines=1, info=own))
-                add(
-                    "resize",
-                    gr.Radio(
-                        [("Crop", "crop"), ("Pad with white", "pad")],
-                        value=d.resize,
-                        label="Other shapes",
-                        info="Pad when nothing may be cut off.",
-                    ),
-                )
-            add("seed", gr.Number(d.seed, label="Seed", precision=0, info="Another number, another film."))
-        with gr.Accordion("Learning the pictures (LoRA)", open=False):
-            add(
-                "no_lora",
-                gr.Checkbox(d.no_lora, label="Quick preview", info="To see a rough film soon: learns nothing."),
-            )
-            # Text, as a number field cannot be left empty.
-            with gr.Row(elem_classes="pair"):
-                optional("lora_steps", "LoRA steps", str(fit.steps), f"More when the ends lack detail. {own}")
-                optional("lora_rank", "LoRA rank", str(fit.rank), f"More for crowded pictures. {own}")
-            with gr.Row(elem_classes="pair"):
-                optional("lora_lr", "LoRA rate", f"{fit.learning_rate:g}", f"Less when frames break up. {own}")
-                optional(
-                    "fix_lora", "Fix the LoRA at", "interpolated", "0 keeps to the first picture's manner throughout."
-                )
-        with gr.Accordion("Making the frames", open=False):
-            with gr.Row(elem_classes="pair"):
-                optional("steps", "Steps", str(SampleConfig().steps), f"Fewer to try things out. {own}")
-                add(
-                    "attention_lambda",
-                    gr.Slider(
-                        0,
-                        1,
-                        d.attention_lambda,
-                        step=0.05,
-                        label="Attention λ",
-                        info="More when frames flicker, 0 is off.",
-                    ),
-                )
-            with gr.Row(elem_classes="pair"):
-                add("adain", gr.Checkbox(d.adain, label="Match colours (AdaIN)", info="Off when colours look dull."))
-                add(
-                    "reschedule",
-                    gr.Checkbox(
-                        d.reschedule, label="Even speed (reschedule)", info="Off when it should follow the positions."
-                    ),
-                )
-            add(
-                "guidance",
-                gr.Slider(
-                    1, 15, d.guidance, step=0.5, label="Guidance", info="More to heed the prompts, in twice the time."
-                ),
-            )
-        return ({name: parts[name] for name in Settings.__dataclass_fields__}, *_saved_work())
+        for title, rows in _SECTIONS.items():
+            with gr.Accordion(title, open=False):
+                add(rows)
+        return ({name: parts[name] for name in NAMES}, *_saved_work())
 
 
-def _saved_work() -> tuple[gr.File, gr.File]:
-    """Files of earlier runs: LoRAs, and a path."""
+def _field(name: str, typed_models: bool) -> Any:
+    """The part of the page in which a setting is chosen."""
+    each, value = BY_NAME[name], shown(BY_NAME[name], _PLAIN)
+    common: dict[str, Any] = {"label": each.label, "info": each.help, "elem_id": name}
+    if name == "model":
+        about = "The bundled one knows emoji. For photographs take a Stable Diffusion model"
+        common["info"] = about + (", or type a hub id or a folder." if typed_models else ".")
+        return gr.Dropdown(models(typed_models), value=value, allow_custom_value=typed_models, **common)
+    if each.is_switch:
+        return gr.Checkbox(value, **common)
+    if name in _SLIDERS:
+        least, most, step = _SLIDERS[name]
+        return gr.Slider(least, most, value, step=step, **common)
+    if name in _CHOICES:
+        return gr.Radio(_CHOICES[name], value=value, **common)
+    if name == "seed":
+        return gr.Number(value, precision=0, **common)
+    # Text, as a number field cannot be left empty.
+    common["info"] += " Empty: the model's own." if each.is_model_own or each.unset else ""
+    own = each.get(_PLAIN)
+    placeholder = each.unset or ("interpolated" if own is None else each.said(own))
+    return gr.Textbox(value, placeholder=placeholder, max_lines=1, **common)
+
+
+def _saved_work() -> tuple[gr.File, gr.File, gr.File, gr.HTML]:
+    """Files of earlier runs: LoRAs, a path, a film."""
     with gr.Accordion("Start from saved work", open=False):
         loras = gr.File(
             label="LoRA files, one for each picture: nothing has to be learnt then",
@@ -132,4 +108,11 @@ def _saved_work() -> tuple[gr.File, gr.File]:
             elem_id="loras",
         )
         path = gr.File(label="A path file: needs no pictures", file_types=[".morph"], height=110, elem_id="path")
-    return loras, path
+        film = gr.File(
+            label="Start from a film: its settings fill the form",
+            file_types=[*FORMATS, ".toml"],
+            height=110,
+            elem_id="start",
+        )
+        note = gr.HTML(visible=False, elem_id="start-note")
+    return loras, path, film, note

@@ -1,0 +1,91 @@
+"""Several morphs in one go: `morph --from batch.toml`, or `--from pairs.csv`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, DiffMorpherError, ImageError
+from ..files.films import check_output, read_settings
+from ..gather import gather
+from ..progress import say
+from ..recipe import Recipe, film_name
+from .checks import check_loras
+from .output import figures, print_json, save
+from .terminal import StageBars
+
+if TYPE_CHECKING:
+    from ..morpher import Morpher
+
+
+def run_batch(
+    films: Sequence[tuple[Recipe, str | None]],
+    folder: Path | None,
+    started: float,
+    as_json: bool,
+    load: Callable[[Recipe], Morpher],
+) -> None:
+    """Make each film that is not there yet; what cannot work is said before the first. A model is loaded once.
+
+    films: recipes, each with its output's name; folder: where the outputs are, else beside the working folder's other files.
+    Raises `UserError` for the first film that cannot be made, `DiffMorpherError` at the end for those that failed at work.
+    """
+    work = [_prepared(recipe, name, folder, f"film {i}") for i, (recipe, name) in enumerate(films, start=1)]
+    places = [out.resolve() for _, out in work]
+    if twice := next((out for _, out in work if places.count(out.resolve()) > 1), None):
+        raise ConfigError(f"two films of the batch go to {str(twice)!r}: give each an out of its own.")
+    made: list[dict[str, Any]] = []
+    failed: list[str] = []
+    morpher: Morpher | None = None
+    loaded_for: tuple[Any, ...] = ()
+    for i, (recipe, out) in enumerate(work, start=1):
+        if is_finished(recipe, out):
+            say(f"{i}/{len(work)} {out} is there already")
+            continue
+        wanted = (recipe.model, recipe.device, recipe.dtype, recipe.low_memory, recipe.tf32)
+        if morpher is None or wanted != loaded_for:
+            morpher = None  # two may not fit into memory
+            morpher, loaded_for = load(recipe), wanted
+        say(f"{i}/{len(work)} {out}")
+        began = time.perf_counter()
+        try:
+            with StageBars() as progress:
+                result = morpher.make(*gather(recipe), progress)
+            made.append(figures(result, out, save(result, [out], began, began)))
+        except DiffMorpherError as error:  # one bad film does not stop the others
+            failed.append(f"{out}: {error}")
+            say(f"diffmorpher: error: {failed[-1]}")
+    say(
+        f"{len(made)} made, {len(work) - len(made) - len(failed)} there already, in {time.perf_counter() - started:.1f} s."
+    )
+    if as_json:
+        print_json({"films": made, "failed": failed})
+    if failed:
+        raise DiffMorpherError(f"{len(failed)} of {len(work)} films failed; run again to try them once more.")
+
+
+def _prepared(recipe: Recipe, name: str | None, folder: Path | None, which: str) -> tuple[Recipe, Path]:
+    """A film's recipe with its files found, and where it goes."""
+    out = (folder or Path()) / (name or f"{film_name(recipe.pictures)}.mp4")
+    try:
+        found, _ = gather(recipe)
+        check_output(out)
+        if out.resolve() in {Path(file).resolve() for file in (*found.pictures, *found.loras)}:
+            raise ConfigError(f"output {str(out)!r} is one of its own inputs: choose another name.")
+        check_loras(found.loras)
+    except DiffMorpherError as error:
+        raise type(error)(f"{which} of the batch: {error}") from error
+    return found, out
+
+
+def is_finished(recipe: Recipe, out: Path) -> bool:
+    """Whether the film at `out` was made from this recipe by this version."""
+    try:
+        there = read_settings(out) if out.exists() else None
+    except ImageError:
+        return False
+    wanted = recipe.document() | {"diffmorpher": version("diffmorpher")}
+    return there is not None and all(there.get(key) == value for key, value in wanted.items() if key != "device")

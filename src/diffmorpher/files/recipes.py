@@ -1,0 +1,110 @@
+"""Recipes as they lie on a disk: in a film's metadata, in a TOML file, or many of them in a TOML file or a table.
+
+Only the form is known here; what the keys mean, and what may stand behind them, is known by `recipe.py`.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from ..errors import ImageError, OutputError, RecipeError
+from .atomic import replacing
+from .films import FORMATS, read_settings
+
+#: Tables of a recipe; everything else is a plain key.
+SECTIONS = ("fit", "sample", "schedule")
+
+
+def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The recipes in a file: that of a film (.mp4, .gif, .webp, .png, a folder of frames), that of a .toml, or all of a batch.
+
+    A batch is a .toml with `[[film]]` tables, whose other keys hold for every film, or a .csv with a line for each film:
+    columns image_0, image_1 ..., prompt_0 ..., name or out, and keys such as frames or fit.steps; its values are texts.
+    Raises `RecipeError` for what holds none.
+    """
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise RecipeError(f"the recipe {str(file)!r} does not exist: check the path.")
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".toml" and not path.is_dir():
+            return _films(path, tomllib.loads(path.read_text("utf-8")))
+        if suffix == ".csv" and not path.is_dir():
+            with path.open(newline="", encoding="utf-8-sig") as opened:
+                return [_row(row) for row in csv.DictReader(opened)]
+    except (OSError, ValueError, csv.Error) as error:  # TOMLDecodeError is a ValueError
+        raise RecipeError(f"the recipe {str(file)!r} cannot be read: {str(error).rstrip('.')}.") from error
+    if not path.is_dir() and suffix not in FORMATS:
+        raise RecipeError(
+            f"{str(file)!r} is no recipe: give a film ({', '.join(FORMATS)}), a folder of frames, a .toml or a .csv."
+        )
+    try:
+        settings = read_settings(path)
+    except ImageError as error:
+        raise RecipeError(str(error)) from error
+    if settings is None:
+        raise RecipeError(
+            f"{str(file)!r} holds no recipe: diffmorpher did not make it, or something removed its metadata."
+        )
+    return [settings]
+
+
+def write_document(file: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
+    """Write one recipe as TOML. Raises `OutputError`."""
+    path = Path(file)
+    if path.suffix.lower() != ".toml":
+        raise OutputError(f"the recipe {str(file)!r} must end in .toml: it is written in no other format.")
+    try:
+        with replacing(path) as part:
+            part.write_text(tomli_w.dumps(document), "utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"the recipe {str(file)!r} cannot be written ({error.strerror}): choose another place."
+        ) from error
+    return path
+
+
+def _films(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
+    films = document.pop("film", None)
+    if films is None:
+        return [document]
+    if not isinstance(films, list) or not films or not all(isinstance(film, dict) for film in films):
+        raise RecipeError(f"{str(path)!r}: film is no list of tables; begin each film with [[film]].")
+    return [_merged(document, film) for film in films]
+
+
+def _merged(common: Mapping[str, Any], film: Mapping[str, Any]) -> dict[str, Any]:
+    both = {**common, **film}
+    for section in SECTIONS:
+        if isinstance(common.get(section), dict) and isinstance(film.get(section), dict):
+            both[section] = common[section] | film[section]
+    return both
+
+
+def _row(row: Mapping[str | None, Any]) -> dict[str, Any]:
+    """A line of a table; empty cells say nothing."""
+    document: dict[str, Any] = {}
+    lists: dict[str, dict[int, str]] = {"image": {}, "prompt": {}, "lora": {}}
+    for column, text in row.items():
+        if column is None:
+            raise RecipeError(f"a line has more cells than there are columns: {text!r}.")
+        name, _, number = column.strip().rpartition("_")
+        if name in lists and number.isdigit():
+            lists[name][int(number)] = text or ""
+        elif (text or "").strip():
+            section, _, key = column.strip().rpartition(".")
+            (document.setdefault(section, {}) if section else document)[key] = text.strip()
+    for name, key in (("image", "pictures"), ("prompt", "prompts"), ("lora", "loras")):
+        values = [text.strip() for _, text in sorted(lists[name].items())]
+        while values and not values[-1]:
+            values.pop()  # of a film with fewer pictures than others
+        if values:
+            document[key] = values
+    return document

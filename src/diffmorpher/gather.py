@@ -1,0 +1,92 @@
+"""Finding the files of a recipe, and looking whether they are the ones it was written for."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from .errors import ImageError, RecipeError
+from .files.pictures import image_hash, load_image
+from .models.catalog import CATALOG
+from .recipe import Recipe
+
+
+def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tuple[Recipe, list[Image.Image]]:
+    """The recipe with its files where they are, their hashes and a prompt each; its pictures, no two neighbours the same.
+
+    given: the pictures, in place of those looked for. A file of a recipe that was read is looked for as it is named there,
+    beside it and in the working folder; where its hash is known it must be that file. So is a model that is a folder or a file.
+    Raises `RecipeError`, `ImageError`.
+    """
+    names = [os.fspath(file) for file in given] or list(recipe.pictures)
+    if given and recipe.picture_hashes and len(given) != len(recipe.picture_hashes):
+        raise RecipeError(f"{len(given)} pictures were given for a recipe of {len(recipe.picture_hashes)}: give each.")
+    replace(recipe, pictures=tuple(names)).check()
+    files, pictures = [], []
+    for i, name in enumerate(names):
+        wanted = recipe.picture_hashes[i] if i < len(recipe.picture_hashes) else None
+        places = [Path(name).expanduser()] if given else _places(recipe, name)
+        match, others = None, []
+        for place in places:
+            picture = load_image(place)
+            if wanted in (None, image_hash(picture)):
+                match = place, picture
+                break
+            others.append(place)
+        if match is None:
+            raise RecipeError(
+                f"pictures: {str(others[0])!r} is another picture than the {Path(recipe.pictures[i]).name!r} that "
+                f"{recipe.origin or 'the recipe'} was made of: give the right one, or take its hash out of the recipe."
+            )
+        files.append(str(match[0]))
+        pictures.append(match[1])
+    hashes = [image_hash(picture) for picture in pictures]
+    for i in range(len(files) if recipe.loop else len(files) - 1):
+        j = (i + 1) % len(files)
+        if hashes[i] == hashes[j]:
+            raise ImageError(
+                f"{files[i]!r} and {files[j]!r} are the same picture, so there is nothing to morph: give two that differ."
+            )
+    loras = _lora_files(recipe)
+    digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in loras]
+    prompts = (recipe.prompts or ("",)) * (1 if len(recipe.prompts) > 1 else len(files))
+    found = replace(recipe, prompts=prompts, pictures=tuple(files), picture_hashes=tuple(hashes), model=_model(recipe))
+    return replace(found, loras=tuple(loras), lora_hashes=tuple(digests)), pictures
+
+
+def _lora_files(recipe: Recipe) -> list[str]:
+    files = []
+    for i, name in enumerate(recipe.loras):
+        file = _places(recipe, name, "loras")[0]
+        if not file.is_file():
+            raise RecipeError(f"the LoRA {str(file)!r} does not exist or is a folder: check the path.")
+        wanted = recipe.lora_hashes[i] if i < len(recipe.lora_hashes) else None
+        if wanted not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
+            raise RecipeError(
+                f"loras: {str(file)!r} is another file than {recipe.origin} was made with: give that one."
+            )
+        files.append(str(file))
+    return files
+
+
+def _places(recipe: Recipe, name: str, key: str = "pictures") -> list[Path]:
+    """Where a file of that name is: one place at least, which may be empty for a name that was typed."""
+    place = Path(name).expanduser()
+    if recipe.origin is None or place.is_absolute():
+        return [place]
+    there = [folder / place for folder in (recipe.origin.parent, Path()) if (folder / place).exists()]
+    if not there:
+        hint = f"; give them: morph --from {recipe.origin} {' '.join(recipe.pictures)}" if key == "pictures" else ""
+        raise RecipeError(f"{key}: {name!r} is neither beside {recipe.origin} nor in the working folder{hint}.")
+    return there
+
+
+def _model(recipe: Recipe) -> str:
+    """A model that lies beside the recipe by that name; else what is written there."""
+    beside = None if recipe.origin is None or recipe.model in CATALOG else recipe.origin.parent / recipe.model
+    return str(beside) if beside is not None and beside.exists() else recipe.model

@@ -162,7 +162,7 @@ def test_preview(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["unet_rows"] == 2 * 2 + 3 * 2  # nothing fitted, one pass
-    assert "fit" not in figures["settings"] and not figures["settings"]["schedule"]["enabled"]
+    assert figures["settings"]["fit"] is False and not figures["settings"]["schedule"]["enabled"]
     assert figures["settings"]["sample"] == asdict(SampleConfig(steps=2, attention_mode="outer", exact_ends=True))
     assert stage_lines(done.stderr) == ["invert", "sample"]
 

@@ -88,7 +88,7 @@ def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(command)
         def with_typed(**values: Any) -> None:
             chosen = {each: values.pop(each.name) for each in settings}
-            typed = {each.name: _read(each, value) for each, value in chosen.items() if value not in (None, False, [])}
+            typed = {each.name: _read(each, value) for each, value in chosen.items() if not _untouched(value)}
             command(**values, **typed)
 
         with_typed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -124,6 +124,10 @@ def _parameter(each: Setting) -> inspect.Parameter:
     return inspect.Parameter(
         each.name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=Annotated[kind, option]
     )
+
+
+def _untouched(value: Any) -> bool:
+    return value is None or value is False or value == []
 
 
 def _read(each: Setting, value: Any) -> Any:

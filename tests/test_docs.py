@@ -1,0 +1,126 @@
+"""README and docs/: every example is run, every link leads somewhere."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import tiny_pipeline
+from diffmorpher import Morpher, Recipe
+from diffmorpher.cli import app
+from diffmorpher.cli.bench import complete
+from diffmorpher.config import FitConfig, SampleConfig
+from diffmorpher.errors import DiffMorpherError
+from diffmorpher.models.catalog import ASSETS, CATALOG
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+#: Pictures that examples speak of, and what they are here.
+PICTURES = {"a": "pear", "b": "rose", "c": "tulip", "cat": "cat-face", "dog": "dog-face", "fox": "fox-face"}
+#: What else a line of an example may begin with: nothing of ours.
+NOT_OURS = ("pip install", "make ")
+#: Commands that take long, and have tests of their own: here only their options are read.
+READ_ONLY = ("bench", "compare", "study", "web")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def with_blocks(*languages: str) -> list[Any]:
+    return [pytest.param(page, id=page.name) for page in PAGES if any(blocks(page, language) for language in languages)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with all the pictures, in a world where the bundled model suits itself with little work."""
+    for name, file in PICTURES.items():
+        shutil.copy(ASSETS / "demo" / f"{file}.png", tmp_path / f"{name}.png")
+    quick = replace(CATALOG["mini"], fit=FitConfig(steps=1), sample=SampleConfig(steps=2, exact_ends=True))
+    monkeypatch.setitem(CATALOG, "mini", quick)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", with_blocks("python"))
+def test_examples_in_python(page: Path, folder: Path) -> None:
+    tiny_pipeline().save_pretrained(folder / "my-model")
+    for code in blocks(page, "python"):
+        if "gradio_client" not in code:  # that one speaks to a page: tests/web/test_page.py
+            code = code.replace("SampleConfig(steps=50)", "SampleConfig(steps=2)")
+            exec(compile(code, str(page), "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize("page", with_blocks("console"))
+def test_examples_in_a_terminal(
+    page: Path, folder: Path, loaded_mini: Morpher, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number, text in enumerate(blocks(page, "toml")):
+        Path("batch.toml" if "[[film]]" in text else f"by-hand-{number}.toml").write_text(text)
+        Recipe.read(f"by-hand-{number}.toml") if "[[film]]" not in text else None
+    for text in blocks(page, "csv"):
+        Path("pairs.csv").write_text(text)
+
+    def load(recipe: Recipe) -> Morpher:
+        if recipe.model != "mini" or recipe.sample.steps > 2:
+            raise DiffMorpherError("far enough")
+        return loaded_mini
+
+    monkeypatch.setattr(app, "_load", load)
+    commands = [line[2:] for block in blocks(page, "console") for line in block.splitlines() if line.startswith("$ ")]
+    assert commands
+    for line in commands:
+        for part in line.removeprefix(".venv/bin/").split(" && "):
+            if part.startswith(NOT_OURS):
+                continue
+            words = shlex.split(part, comments=True)
+            assert words[0] == "diffmorpher", f"{page.name}: {line}"
+            if len(words) > 1 and words[1] in READ_ONLY:
+                understood(words[1:])
+                continue
+            monkeypatch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as end:
+                app.main()
+            err = capfd.readouterr().err
+            assert end.value.code in (0, None) or "far enough" in err, f"{page.name}: {line}\n{err}"
+
+
+def understood(words: list[str]) -> None:
+    """Whether the command line knows the command with these options; raises where it does not."""
+    import typer
+
+    from diffmorpher.evaluation.methods import resolve_methods
+
+    name, *arguments = complete(words)
+    command = typer.main.get_command(app.app).commands[name]  # type: ignore[attr-defined]
+    with command.make_context(name, arguments) as context:
+        if name == "bench":
+            resolve_methods(context.params["methods"])
+
+
+@pytest.mark.parametrize("page", [*PAGES, *(ROOT / p / "README.md" for p in ("benchmarks", "training"))], ids=str)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target:
+            continue
+        file, _, anchor = target.partition("#")
+        place = page.parent / file if file else page
+        assert place.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", place.read_text("utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
+
+
+def test_the_readme_can_be_read_in_half_a_minute() -> None:
+    """Measured figures belong to docs/results.md and benchmarks/."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert len(text.split()) < 700
+    assert not re.search(r"PDV|PPL|e-4", text)

@@ -1,0 +1,381 @@
+"""The recipe: complete, checked, the same after a file; its files found and looked at; one table behind every face."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffmorpher import FitConfig, Recipe, SampleConfig, ScheduleConfig
+from diffmorpher.errors import ConfigError, ImageError, OutputError, RecipeError
+from diffmorpher.files.pictures import image_hash
+from diffmorpher.gather import gather
+from diffmorpher.models.catalog import ASSETS, CATALOG
+from diffmorpher.recipe import read_recipes
+from diffmorpher.settings import BY_NAME, CONFIGS, LIMITS, PRESETS, SETTINGS, check_typed, unused
+
+DEMO = ASSETS / "demo"
+
+
+# ---- what it is
+
+
+def test_what_is_not_given_suits_the_model_and_else_is_the_papers() -> None:
+    assert (Recipe().fit, Recipe().sample) == (CATALOG["mini"].fit, CATALOG["mini"].sample)
+    assert (Recipe(model="sd15").fit, Recipe(model="a/b").sample) == (FitConfig(), SampleConfig())
+    assert Recipe(loras=("a.safetensors",)).fit is None and Recipe(fit=None).fit is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"frames": 1}, "frames is 1, but must be a whole number from 2 to 86400"),
+        ({"frames": True}, "frames is True"),
+        ({"fps": 0}, "fps is 0, but must be a number from 0.01 to 240 frames per second"),
+        ({"seed": -1}, "the seed is -1, but must be a whole number from 0 to 2"),
+        ({"resize": "squash"}, 'resize is \'squash\', but must be "crop" or "pad"'),
+        ({"loop": "yes"}, "loop is 'yes', but must be true or false"),
+        ({"size": (64, 4)}, "the size 64x4 is too small"),
+        ({"size": (64, 64.0)}, "must be two whole numbers"),
+        ({"sample": {"steps": 2}}, "sample is {'steps': 2}, but must be a SampleConfig"),
+        ({"fit": 3}, "fit is 3, but must be a FitConfig"),
+    ],
+)
+def test_a_value_that_cannot_be_is_named(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Recipe(**values)
+    assert said in str(error.value)
+
+
+def test_another_model_brings_its_own_recommendation_but_what_was_chosen_stays() -> None:
+    changed = Recipe().changed(lora_steps=9, guidance=2.0).changed(model="sd15")
+    assert changed.fit == FitConfig(steps=9) and changed.sample == SampleConfig(guidance_scale=2.0)
+    assert changed.changed(model="mini") == Recipe().changed(lora_steps=9, guidance=2.0)
+
+
+def test_presets_and_what_is_typed_with_them() -> None:
+    paper = Recipe().changed(paper=True, steps=7)
+    assert (paper.fit, paper.sample) == (FitConfig(), SampleConfig(steps=7)) and paper.schedule.method == "two-pass"
+    quick = Recipe().changed(preview=True)
+    assert quick.fit is None and not quick.schedule.enabled and quick.sample.attention_mode == "outer"
+    assert quick.sample == replace(Recipe().sample, attention_mode="outer")
+    assert Recipe().changed(preview=True, attention_mode="kv").sample.attention_mode == "kv"
+
+
+def test_other_loras_and_none() -> None:
+    first = Recipe(loras=("a", "b"), lora_hashes=("1", "2"))
+    assert first.changed(lora=["c", "d"]) == Recipe(loras=("c", "d"))
+    none = first.changed(no_lora=True)
+    assert (none.fit, none.loras, none.lora_hashes) == (None, (), ())
+
+
+def test_contradictions_and_what_changes_nothing() -> None:
+    with pytest.raises(ConfigError, match="--lora and --no-lora contradict each other"):
+        check_typed({"lora", "no_lora"})
+    with pytest.raises(ConfigError, match="--lora and --preview contradict each other"):
+        check_typed({"preview", "lora"})
+
+    def said(**typed: Any) -> list[str]:
+        check_typed(typed)
+        return unused(Recipe().changed(**typed), typed)
+
+    assert said(lora_steps=3, fix_lora=0.5) == []
+    assert said(no_lora=True, lora_rank=3, fix_lora=0.5) == [
+        "--lora-rank changes nothing with --no-lora.",
+        "--fix-lora changes nothing with --no-lora.",
+    ]
+    assert said(preview=True, lora_lr=0.1) == ["--lora-lr changes nothing with --preview."]
+    assert said(lora=["a"], lora_steps=3) == ["--lora-steps changes nothing with --lora."]
+    assert said(no_attention=True, attention_mode="kv", attention_lambda=0.5) == [
+        "--attention-lambda changes nothing with --no-attention.",
+        "--attention-mode changes nothing with --no-attention.",
+    ]
+
+
+# ---- the table
+
+
+def test_every_setting_is_described_once_and_leads_to_a_field_that_is_there() -> None:
+    assert len({each.name for each in SETTINGS}) == len({each.option for each in SETTINGS}) == len(SETTINGS)
+    known = {f.name for f in fields(Recipe)}
+    for each in SETTINGS:
+        assert each.help and each.label and each.group
+        section, _, name = each.key.rpartition(".")
+        if each.name not in PRESETS:
+            assert name in ({f.name for f in fields(CONFIGS[section])} if section else known), each.name
+    for section, config in CONFIGS.items():
+        assert set(LIMITS[section]) == {f.name for f in fields(config)}, "a field without limits"
+
+
+def test_the_command_lines_options_and_the_pages_fields_are_those_of_the_table() -> None:
+    import typer
+
+    from diffmorpher.cli.app import app
+    from diffmorpher.web.settings import NAMES
+
+    morph = typer.main.get_command(app).commands["morph"]  # type: ignore[attr-defined]
+    options = {option for parameter in morph.params for option in parameter.opts}
+    assert {each.option for each in SETTINGS} <= options
+    helps = {parameter.opts[-1]: getattr(parameter, "help", "") for parameter in morph.params}
+    assert all(helps[each.option].startswith(each.help) for each in SETTINGS)
+    assert set(NAMES) - {"preset"} <= set(BY_NAME)
+
+
+# ---- as a file
+
+RECIPES = st.builds(
+    Recipe,
+    pictures=st.lists(st.sampled_from(["a.png", "b c.png", "ü.jpg"]), max_size=3).map(tuple),
+    prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3).map(tuple),
+    picture_hashes=st.lists(st.sampled_from(["0f", "1e"]), max_size=3).map(tuple),
+    loras=st.lists(st.sampled_from(["a.safetensors", "b.safetensors"]), max_size=2).map(tuple),
+    model=st.sampled_from(["mini", "sd15", "owner/name"]),
+    size=st.none() | st.tuples(st.integers(8, 99), st.integers(8, 99)),
+    resize=st.sampled_from(["crop", "pad"]),
+    loop=st.booleans(),
+    seed=st.integers(0, 2**63 - 1),
+    fit=st.none() | st.builds(FitConfig, steps=st.integers(1, 99), learning_rate=st.floats(1e-5, 1)),
+    sample=st.builds(
+        SampleConfig,
+        steps=st.integers(1, 99),
+        fix_lora=st.none() | st.floats(0, 1),
+        adain=st.booleans(),
+        batch_size=st.just("auto") | st.integers(1, 9),
+    ),
+    schedule=st.builds(ScheduleConfig, enabled=st.booleans(), method=st.sampled_from(["insert", "two-pass"])),
+    frames=st.integers(2, 99),
+    fps=st.floats(0.01, 240),
+    ping_pong=st.booleans(),
+    device=st.none() | st.just("cpu"),
+    dtype=st.none() | st.just("bfloat16"),
+    tf32=st.booleans(),
+)
+
+
+@given(RECIPES)
+def test_a_recipe_is_the_same_after_a_file(tmp_path_factory: pytest.TempPathFactory, recipe: Recipe) -> None:
+    folder = tmp_path_factory.mktemp("recipes")
+    assert Recipe.read(recipe.write(folder / "r.toml")) == recipe
+    shutil.rmtree(folder)
+
+
+@given(st.dictionaries(st.sampled_from(sorted({*BY_NAME} - {"lora", "prompt", "model"})), st.just(True)), st.data())
+def test_its_command_makes_it_again(names: dict[str, bool], data: st.DataObject) -> None:
+    """`typed` finds settings that lead to any recipe that settings have led to."""
+    values = {
+        "frames": st.integers(2, 99),
+        "fps": st.sampled_from([1.0, 12.5]),
+        "size": st.just((64, 96)),
+        "lora_lr": st.just(0.25),
+        "fix_lora": st.just(0.5),
+        "attention_lambda": st.sampled_from([0.0, 0.3]),
+        "guidance": st.just(2.0),
+        "device": st.just("cpu"),
+        "dtype": st.just("float32"),
+    }
+    typed: dict[str, Any] = {}
+    for name in names:
+        each = BY_NAME[name]
+        if each.is_switch or name in PRESETS:
+            typed[name] = not each.is_on
+        elif each.limits is not None and each.limits.choices and name != "batch_size":
+            typed[name] = data.draw(st.sampled_from(each.limits.choices))
+        else:
+            typed[name] = data.draw(values.get(name, st.integers(1, 9)))
+    recipe = Recipe(("a.png", "b.png")).changed(**typed)
+    said = recipe.typed()
+    assert said is not None and len(said) <= len(typed)
+    assert Recipe(("a.png", "b.png")).changed(**said) == recipe
+    assert recipe.command().startswith("diffmorpher morph a.png b.png -o a-b.mp4")
+
+
+def test_what_no_option_says_has_no_command() -> None:
+    with pytest.raises(RecipeError, match="no option sets: write it with --save-recipe"):
+        Recipe(fit=FitConfig(draws=7)).command()
+
+
+def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
+    file = tmp_path / "story.toml"
+    file.write_text('pictures = ["a.png", "b.png"]\nsize = "64x96"\nframes = 24\n[fit]\nsteps = 100\n')
+    recipe = Recipe.read(file)
+    assert recipe == Recipe(("a.png", "b.png"), size=(64, 96), frames=24, fit=replace(Recipe().fit, steps=100))  # type: ignore[type-var]
+    file.write_text('model = "sd15"\nfit = false\n')
+    assert Recipe.read(file) == Recipe(model="sd15", fit=None)
+    file.write_text('model = "sd15"\nfit = true\n')
+    assert Recipe.read(file).fit == FitConfig()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("frame = 3", "the key 'frame' is not known; did you mean frames?"),
+        ("colour = 3", "the key 'colour' is not known; there are pictures, prompts"),
+        ("[fit]\nstep = 3", "the key 'fit.step' is not known; did you mean fit.steps?"),
+        ("fit = 3", "fit is 3, but must be a table of settings or false"),
+        ("sample = false", "sample is False, but must be a table of settings."),
+        ("frames = '12'", "frames is '12', but must be a whole number"),
+        ("frames = 1.5", "frames is 1.5, but must be a whole number"),
+        ("[fit]\nsteps = 'many'", "fit.steps: LoRA steps is 'many', but must be a whole number"),
+        ("[sample]\nadain = 1", "sample.adain: AdaIN is 1, but must be true or false"),
+        ("pictures = 'a.png'", "pictures is 'a.png', but must be a list of texts"),
+        ("prompts = [1, 2]", "prompts is [1, 2], but must be a list of texts"),
+        ("size = 64", "size is 64, but must be a list"),
+        ("size = 'big'", "the size 'big' is not of the form WxH"),
+        ("model = 3", "model is 3, but must be a text"),
+        ("device = 3", "device is 3, but must be a text"),
+        ("loras = ['a']\nfit = false", "loras and fit contradict each other"),
+        ("recipe = 99", "recipe is 99, of a newer diffmorpher"),
+        ("recipe = 'x'", "recipe is 'x', of a newer diffmorpher"),
+        ("frames = = 3", "cannot be read"),
+        ("film = 3", "begin each film with [[film]]"),
+        ("[[film]]\nframe = 3\n[[film]]\nframes = 3", "film 1: the key 'frame' is not known"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_one_sentence_that_names_the_key(tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "story.toml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        read_recipes(file)
+    assert said in str(error.value) and "story.toml" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_no_recipe(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "empty").mkdir()
+    for name, said in {
+        "missing.mp4": "does not exist",
+        "plain.png": "holds no recipe: diffmorpher did not make it",
+        "empty": "holds no recipe",
+        "a.txt": "is no recipe: give a film",
+        "broken.mp4": "No settings can be read",
+    }.items():
+        if name in ("a.txt", "broken.mp4"):
+            (tmp_path / name).write_text("nothing")
+        with pytest.raises(RecipeError, match=said):
+            Recipe.read(tmp_path / name)
+    with pytest.raises(OutputError, match=r"must end in \.toml"):
+        Recipe().write(tmp_path / "r.json")
+
+
+def test_a_film_of_an_older_version_is_named_as_one(tmp_path: Path) -> None:
+    from diffmorpher.files.films import save_film
+
+    save_film([Image.new("RGB", (8, 8))], tmp_path / "old.mp4", metadata={"diffmorpher": "0.1.0", "frames": 3})
+    with pytest.raises(RecipeError, match="before films carried their recipe"):
+        Recipe.read(tmp_path / "old.mp4")
+
+
+def test_a_batch_with_what_is_common_and_a_table(tmp_path: Path) -> None:
+    (tmp_path / "b.toml").write_text(
+        'frames = 5\n[fit]\nsteps = 3\n[[film]]\npictures = ["a.png", "b.png"]\nout = "x.gif"\n'
+        '[[film]]\nname = "y"\npictures = ["c.png", "d.png"]\nframes = 7\n[film.fit]\nrank = 2\n'
+    )
+    (one, x), (two, y) = read_recipes(tmp_path / "b.toml")
+    assert (x, y) == ("x.gif", "y.mp4") and (one.frames, two.frames) == (5, 7)
+    assert asdict(two.fit)["rank"] == 2 and asdict(two.fit)["steps"] == 3 and asdict(one.fit)["rank"] == 16  # type: ignore[call-overload]
+    (tmp_path / "p.csv").write_text(
+        "category,name,image_0,image_1,image_2,prompt_0,prompt_1,frames,fit.steps,loop,size\n"
+        "cats,n,a.png,b.png,,a cat,,9,4,true,64x64\n,,c.png,d.png,e.png,,,,,,\n"
+    )
+    (one, n), (two, none) = read_recipes(tmp_path / "p.csv")
+    assert (n, none) == ("n.mp4", None)
+    assert (one.pictures, one.prompts) == (("a.png", "b.png"), ("a cat",))
+    assert (one.frames, asdict(one.fit)["steps"], one.loop, one.size) == (9, 4, True, (64, 64))  # type: ignore[call-overload]
+    assert two == Recipe(("c.png", "d.png", "e.png"))
+    (tmp_path / "p.csv").write_text("image_0,image_1,frames\na.png,b.png,many\n")
+    with pytest.raises(RecipeError, match="frames is 'many', but must be a whole number"):
+        read_recipes(tmp_path / "p.csv")
+
+
+# ---- its files
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """films/ with a recipe of pear and rose in it, and a working folder beside."""
+    for folder in ("films", "work"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    hashes = tuple(image_hash(Image.open(DEMO / f"{name}.png").convert("RGB")) for name in ("pear", "rose"))
+    Recipe(("pear.png", "rose.png"), picture_hashes=hashes).write(tmp_path / "films/r.toml")
+    return tmp_path
+
+
+def test_pictures_are_found_beside_the_recipe_and_in_the_working_folder(place: Path) -> None:
+    shutil.copy(DEMO / "pear.png", place / "films")
+    shutil.copy(DEMO / "rose.png", place / "work")
+    shutil.copy(DEMO / "tulip.png", place / "films/rose.png")  # another one, before the right one
+    recipe, pictures = gather(Recipe.read(place / "films/r.toml"))
+    assert [Path(file).resolve() for file in recipe.pictures] == [place / "films/pear.png", place / "work/rose.png"]
+    assert recipe.prompts == ("", "") and len(pictures) == 2
+
+
+def test_a_picture_that_is_missing_or_another_one(place: Path) -> None:
+    shutil.copy(DEMO / "pear.png", place / "films")
+    recipe = Recipe.read(place / "films/r.toml")
+    with pytest.raises(RecipeError, match=r"pictures: 'rose.png' is neither beside .*r.toml nor in the working folder"):
+        gather(recipe)
+    shutil.copy(DEMO / "tulip.png", place / "films/rose.png")
+    with pytest.raises(RecipeError, match=r"pictures: .*rose.png' is another picture than the 'rose.png'"):
+        gather(recipe)
+    with pytest.raises(RecipeError, match="is another picture than the 'pear.png'"):
+        gather(recipe, [DEMO / "rose.png", DEMO / "pear.png"])
+    with pytest.raises(RecipeError, match="3 pictures were given for a recipe of 2"):
+        gather(recipe, [DEMO / "rose.png"] * 3)
+    found, _ = gather(recipe, [DEMO / "pear.png", DEMO / "rose.png"])
+    assert found.pictures == (str(DEMO / "pear.png"), str(DEMO / "rose.png"))
+
+
+def test_neighbours_that_are_the_same_picture() -> None:
+    pear, rose = str(DEMO / "pear.png"), str(DEMO / "rose.png")
+    with pytest.raises(ImageError, match="are the same picture, so there is nothing to morph"):
+        gather(Recipe((pear, pear)))
+    gather(Recipe((pear, rose, pear)))
+    with pytest.raises(ImageError, match="are the same picture"):
+        gather(Recipe((pear, rose, pear), loop=True))
+
+
+def test_paths_are_seen_from_the_recipes_folder_and_do_not_travel_with_a_film(place: Path) -> None:
+    (place / "films/in").mkdir()
+    shutil.copy(DEMO / "pear.png", place / "films/in")
+    shutil.copy(DEMO / "rose.png", place / "work")
+    recipe, _ = gather(Recipe((str(place / "films/in/pear.png"), "rose.png")))
+    written = Recipe.read(recipe.write(place / "films/s.toml"))
+    assert written.pictures == ("in/pear.png", "../work/rose.png")
+    gather(written)
+    assert recipe.document()["pictures"] == ["pear.png", "rose.png"]
+    assert str(place) not in str(recipe.document())
+
+
+def test_a_local_models_folder_does_not_travel_either(place: Path) -> None:
+    (place / "films/my-model").mkdir()
+    recipe = Recipe(model=str(place / "films/my-model"))
+    assert recipe.document()["model"] == "my-model"
+    written = Recipe.read(recipe.write(place / "films/s.toml"))
+    assert written.model == "my-model"
+    shutil.copy(DEMO / "pear.png", place / "films")
+    shutil.copy(DEMO / "rose.png", place / "films")
+    found, _ = gather(replace(written, pictures=("pear.png", "rose.png")))
+    assert Path(found.model) == place / "films/my-model"
+
+
+def test_lora_files_are_looked_at_too(place: Path) -> None:
+    (place / "films/a.safetensors").write_bytes(b"one")
+    (place / "films/b.safetensors").write_bytes(b"two")
+    shutil.copy(DEMO / "pear.png", place / "films")
+    shutil.copy(DEMO / "rose.png", place / "films")
+    recipe = replace(Recipe.read(place / "films/r.toml"), loras=("a.safetensors", "b.safetensors"))
+    found, _ = gather(recipe)
+    assert len(found.lora_hashes) == 2
+    (place / "films/b.safetensors").write_bytes(b"three")
+    with pytest.raises(RecipeError, match=r"loras: .*b.safetensors' is another file"):
+        gather(replace(recipe, lora_hashes=found.lora_hashes))
+    (place / "films/b.safetensors").unlink()
+    with pytest.raises(RecipeError, match=r"loras: 'b.safetensors' is neither beside"):
+        gather(recipe)

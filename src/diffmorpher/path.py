@@ -28,7 +28,7 @@ from .progress import ProgressCallback
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     """8-bit RGB pictures of one size to (B, 3, H, W), float32, in [-1, 1]."""
     arrays = np.stack([np.asarray(image, dtype=np.float32) for image in images])
-    return torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def to_bytes(pixels: Tensor) -> Tensor:

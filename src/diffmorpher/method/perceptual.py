@@ -75,7 +75,8 @@ class PerceptualDistance(torch.nn.Module):
         """
         _check_images(images)
         with torch.autocast(self.shift.device.type, enabled=False):
-            scaled = (images.to(self.shift.device, torch.float32) - self.shift) / self.scale  # (B, 3, H, W)
+            images = images.to(self.shift.device, torch.float32).contiguous()  # strides must not choose the convolution
+            scaled = (images - self.shift) / self.scale  # (B, 3, H, W)
             first = functional.relu(_blur(self._convolve(0, scaled, padding=2), self.blur_kernel))  # (B, 64, H/2, W/2)
             second = functional.relu(self._convolve(1, self._pool(first), padding=2))  # (B, 192, H/4, W/4)
             third = functional.relu(self._convolve(2, self._pool(second), padding=1))  # (B, 384, H/8, W/8)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .group_norm import exact_group_norm
+
 
 @dataclass(frozen=True)
 class NoiseSchedule:
@@ -137,7 +139,7 @@ class Backbone(ABC):
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """While open, all networks are in eval mode and frozen; afterwards each is as it was found."""
+        """While open, all networks are in eval mode, frozen and exact (`group_norm`); afterwards each is as it was found."""
         modules = [m for m in self.parts for m in m.modules()]
         training = [m.training for m in modules]
         parameters = [p for m in self.parts for p in m.parameters()]
@@ -147,7 +149,7 @@ class Backbone(ABC):
                 m.training = False
             for p in parameters:
                 p.requires_grad_(False)
-            with float32_products(self.tf32):
+            with float32_products(self.tf32), exact_group_norm(modules):
                 yield
         finally:
             for m, was in zip(modules, training, strict=True):

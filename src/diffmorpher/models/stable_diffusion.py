@@ -73,19 +73,16 @@ class StableDiffusion(Backbone):
         if self.low_memory and len(pixels) > 1:
             mean, std = zip(*map(self.encode, pixels.split(1)), strict=True)
             return torch.cat(mean), torch.cat(std)
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype).contiguous()).latent_dist
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         scale = self.vae.config.scaling_factor
         mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-        return (
-            mean.contiguous(),
-            std.contiguous(),
-        )  # not in the VAE's memory format: a saved path must round as a fresh one
+        return mean.contiguous(), std.contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         z = latents / self.vae.config.scaling_factor + shift
-        return self.vae.decode(z.to(self.device, self.vae.dtype)).sample.float().clamp(-1, 1)
+        return self.vae.decode(z.to(self.device, self.vae.dtype).contiguous()).sample.float().clamp(-1, 1).contiguous()
 
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
         encoder = self.pipe.text_encoder
@@ -108,7 +105,8 @@ class StableDiffusion(Backbone):
     def predict(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
         self.unet_rows += len(latents) * (3 if torch.is_grad_enabled() else 1)
         dtype = self.network.dtype
-        return self.network(latents.to(dtype), timestep, encoder_hidden_states=conditioning.to(dtype)).sample.float()
+        latents, conditioning = latents.to(dtype).contiguous(), conditioning.to(dtype).contiguous()
+        return self.network(latents, timestep, encoder_hidden_states=conditioning).sample.float().contiguous()
 
     def predict_noise(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
         output = self.predict(latents, timestep, conditioning)

@@ -44,6 +44,7 @@ class Backbone(ABC):
 
     pipe: never changed outside a `with` block. low_memory: spare memory at the cost of time, see `Morpher`; what comes out is
     the same. tf32: on a GPU, let float32 products be rounded to TF32, which is faster.
+    Pictures and latents may have any strides, which change no byte of what comes out; that is always contiguous.
     `unet_rows` counts the rows of every batch of the network so far; a row that is trained on (forward and backward) counts 3.
     """
 

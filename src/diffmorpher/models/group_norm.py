@@ -12,11 +12,11 @@ from torch.nn import functional
 
 
 def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """`(x - m) / sqrt(v + eps) w + b` with each group's mean m and variance v: two passes, `m = c + mean(x - c)`, c = mean(x) rounded.
+    """`(x - m) / sqrt(v + eps) w + b`, each group's mean and variance in two passes: `m = c + mean(x - c)`, c the rounded mean.
 
     On a CPU torch takes `v = mean(x^2) - m^2` in one pass where the channels lie last, and computes `x s + (b - m s)`, the
     difference of two large numbers, in any layout. Its kernel for contiguous input is exact once c is taken off, which
-    changes neither what comes out nor any gradient, so c needs none. Half precision is widened for the sums.
+    changes neither what comes out nor any gradient, so c needs none itself. Half precision is widened for the sums.
     """
     if x.device.type != "cpu":  # where torch works in two passes itself
         return nn.GroupNorm.forward(norm, x)
@@ -32,7 +32,7 @@ def exact_group_norm(modules: Iterable[nn.Module]) -> Iterator[None]:
     norms = [m for m in modules if type(m).forward is nn.GroupNorm.forward and "forward" not in vars(m)]
     try:
         for norm in norms:
-            norm.forward = MethodType(group_norm, norm)  # type: ignore[method-assign]
+            norm.forward = MethodType(group_norm, norm)
         yield
     finally:
         for norm in norms:

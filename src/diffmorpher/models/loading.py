@@ -89,8 +89,8 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
             where = f" (its configuration may lie in the folder {source.with_suffix('')})"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
-    for part in ("unet", "vae"):  # convolutions are quicker so: benchmarks/README.md
-        if hasattr(pipe, part):  # other kinds of pipelines are refused later
+    for part in ("unet", "vae"):  # on a CPU exact networks are quicker without: benchmarks/README.md
+        if device.type != "cpu" and hasattr(pipe, part):  # other kinds of pipelines are refused later
             getattr(pipe, part).to(memory_format=torch.channels_last)
     if offload and device.type != "cpu":
         pipe.enable_model_cpu_offload(device=device)

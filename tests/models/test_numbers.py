@@ -265,12 +265,12 @@ def test_groups_have_the_mean_they_should(level: tuple[float, Any, dict[str, Bac
 def test_networks_are_exact_however_loaded(level: tuple[float, Any, dict[str, Backbone]]) -> None:
     """Every network against float64, within 1e-5 of the scale where groups have means of 0 and 10.
 
-    A network loaded by name gives the bytes of a user's own. At 100 no float32 network can be: neighbouring numbers lie 7.6e-6 apart there, so that rounding each convolution's and
-    block's output once, everything else in float64, already moves decoded pictures by 1.8e-5 of their scale, a U-Net step by
-    1.5e-5, the fit's gradients by 1.2e-5 (`rounded_once`). The convolutions, whose sums carry the mean or the bias while they
-    are gathered, make it 2.4e-5, 3.9e-5 and 2.9e-5; the normalisation by itself is within 2e-6 (above). With torch's own, in
-    channels_last, decoded pictures were 2e-2 off and a step 3e-3. So there the bound is four times what rounding alone loses;
-    encoding is within 1e-5 as it is.
+    A network loaded by name gives the bytes of a user's own. At 100 no float32 network can be within 1e-5: neighbouring numbers
+    lie 7.6e-6 apart there, so that rounding each convolution's and block's output once, everything else in float64, already
+    moves decoded pictures by 1.8e-5 of their scale, a U-Net step by 1.5e-5, the fit's gradients by 1.2e-5 (`rounded_once`). The
+    convolutions, whose sums carry the mean or the bias while they are gathered, make it 2.4e-5, 3.9e-5 and 2.9e-5; the
+    normalisation by itself is within 2e-6 (above). With torch's own, in channels_last, decoded pictures were 2e-2 off and a
+    step 3e-3. So there the bound is four times what rounding alone loses; encoding is within 1e-5 as it is.
     """
     mean, pipe, ways = level
     want = everything(copied(pipe, dtype=torch.float64))

@@ -18,7 +18,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     difference of two large numbers, in any layout. Its kernel for contiguous input is exact once c is taken off, which
     changes neither what comes out nor any gradient, so c needs none itself. Half precision is widened for the sums.
     """
-    if x.device.type != "cpu":  # where torch works in two passes itself
+    if x.device.type != "cpu":  # other kernels, where this was not found
         return nn.GroupNorm.forward(norm, x)
     groups = x.to(torch.promote_types(x.dtype, torch.float32)).contiguous().view(len(x), norm.num_groups, -1)
     centred = (groups - groups.detach().mean(2, keepdim=True)).view(x.shape)

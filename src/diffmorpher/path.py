@@ -17,10 +17,10 @@ from torch import Tensor
 from .config import SampleConfig
 from .errors import ConfigError, PathFileError
 from .files.paths import not_a_path, read_path, write_path
-from .method.denoise import denoise
-from .method.interpolate import Between, lerp, noise_between
+from .method.interpolate import Between
 from .method.invert import invert
 from .method.lora import LoraBank
+from .method.sample import sample_between
 from .models.backbone import Backbone
 from .progress import ProgressCallback
 
@@ -141,46 +141,16 @@ class MorphPath:
     def sample_latents(
         self, alphas: Sequence[float], config: SampleConfig, progress: ProgressCallback | None = None
     ) -> Tensor:
-        """The clean latents at `alphas`, (n, C, h, w) float32, in chunks that each carry the end images they need."""
+        """The clean latents at `alphas`, (n, C, h, w) float32: what `sample` gives as "latent"."""
         where = Between.images(alphas, self.num_images, self.loop)
         if len(where.alpha) == 0:
             return self.latents.new_empty(0, *self.latents.shape[1:])
         config.check_images(self.num_images)
-        trajectory = self._trajectory(config.steps, progress)
-        noises = trajectory[-1]
-        chunks = _chunks(where, self.batch_size(config))
-        done, total = 0, len(chunks) * config.steps
-
-        def on_step() -> None:
-            nonlocal done
-            done += 1
-            if progress:
-                progress("sample", done, total)
-
-        result = noises.new_empty(len(where.alpha), *noises.shape[1:])
+        trajectory, size = self._trajectory(config.steps, progress), self.batch_size(config)
         with self.backbone.borrowed(), self._lora():
-            unconditional = self.backbone.encode_prompts([""]) if config.guidance_scale != 1 else None
-            for chunk in chunks:
-                at = Between.images(chunk.positions, self.num_images, self.loop)
-                if self.bank:
-                    fixed = [config.fix_lora] * len(chunk.positions) if config.fix_lora is not None else chunk.positions
-                    weights = Between.images(fixed, self.num_images, self.loop).weights(self.num_images)
-                    self.bank.set_rows(
-                        weights.repeat(2, 1) if unconditional is not None else weights, config.lora_blend
-                    )
-                left, right = at.left.to(noises.device), at.right.to(noises.device)
-                latents = denoise(
-                    self.backbone,
-                    noise_between(noises, at, config.adain),
-                    lerp(self.conditioning[left], self.conditioning[right], at.alpha),
-                    chunk.rows,
-                    config,
-                    unconditional,
-                    trajectory[:, chunk.images] if config.exact_ends else None,
-                    on_step,
-                )
-                result[chunk.frames] = latents[chunk.batch_rows]
-        return result
+            return sample_between(
+                self.backbone, self.bank, trajectory, self.conditioning, where, config, size, self.loop, progress
+            )
 
     # ---- files
 
@@ -239,51 +209,3 @@ class MorphPath:
             raise
         except (KeyError, TypeError, ValueError) as error:
             raise not_a_path(source) from error
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """One batch: end images first, then frames between them. Batch row `batch_rows[i]` is the path's frame `frames[i]`."""
-
-    positions: list[float]  # of every row
-    images: list[int]  # of the first rows
-    rows: Between  # each row's ends, as rows of this batch
-    frames: list[int]
-    batch_rows: list[int]
-
-
-def _chunks(where: Between, size: int) -> list[_Chunk]:
-    """Split frames into batches of at most `size` frames, each with the end images they lie between.
-
-    A frame exactly at an image is that image's end row, not a row more: it goes with the first chunk that has it.
-    """
-    left, right, alpha = where.left.tolist(), where.right.tolist(), where.alpha.tolist()
-    at_image = {i: left[i] if a == 0 else right[i] for i, a in enumerate(alpha) if a in (0, 1)}
-    between = sorted((i for i in range(len(alpha)) if i not in at_image), key=lambda i: left[i] + alpha[i])
-    count = -(-len(between) // size)
-    groups = [between[len(between) * c // count : len(between) * (c + 1) // count] for c in range(count)]
-    needed = [{image for i in group for image in (left[i], right[i])} for group in groups]
-    alone = sorted(set(at_image.values()).difference(*needed))  # images asked for with no frame next to them
-    for start in range(0, len(alone), size):
-        groups.append([])
-        needed.append(set(alone[start : start + size]))
-    chunks = []
-    for group, images in zip(groups, needed, strict=True):
-        ends = sorted(images)
-        row_of = {image: row for row, image in enumerate(ends)}
-        own = list(range(len(ends)))
-        here = [i for i, image in at_image.items() if image in images]
-        chunks.append(
-            _Chunk(
-                positions=[*map(float, ends), *(left[i] + alpha[i] for i in group)],
-                images=ends,
-                rows=Between(
-                    torch.tensor([*own, *(row_of[left[i]] for i in group)]),
-                    torch.tensor([*own, *(row_of[right[i]] for i in group)]),
-                    torch.tensor([*[0.0] * len(ends), *(alpha[i] for i in group)], dtype=torch.float64),
-                ),
-                frames=[*here, *group],
-                batch_rows=[*(row_of[at_image.pop(i)] for i in here), *range(len(ends), len(ends) + len(group))],
-            )
-        )
-    return chunks

@@ -35,9 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from architectures import random_pipeline
 from diffmorpher import DiffMorpherError, FitConfig, Morpher, SampleConfig, ScheduleConfig
+from diffmorpher.cli.terminal import StageBars, quiet_libraries
 from diffmorpher.models.catalog import ASSETS, CATALOG, ModelSpec
 from diffmorpher.models.loading import choose_device, choose_dtype
-from diffmorpher.progress import StageBars, quiet_bars, quiet_libraries
+from diffmorpher.progress import quiet_bars
 from reference import reference_morph
 
 STAGES = ("fit", "invert", "schedule", "sample")

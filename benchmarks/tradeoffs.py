@@ -20,13 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from diffmorpher import FitConfig, Morpher, SampleConfig, ScheduleConfig
+from diffmorpher.cli.terminal import StageBars, quiet_libraries
 from diffmorpher.evaluation.datasets import Pair, load_dataset
 from diffmorpher.evaluation.metrics import figures
 from diffmorpher.files.pictures import fit_image, load_image
 from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.models.catalog import CATALOG
 from diffmorpher.path import to_pixels
-from diffmorpher.progress import StageBars, quiet_bars, quiet_libraries
+from diffmorpher.progress import quiet_bars
 
 FRAMES = 16
 FIGURES = ("ppl", "pdv", "end_distance", "end_psnr", "roughness")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pytest
@@ -18,11 +18,20 @@ from PIL import Image
 
 from conftest import tiny_pipeline
 from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig, ScheduleConfig
+from diffmorpher.config import ScheduleMethod
 from diffmorpher.errors import Cancelled, ConfigError
 from diffmorpher.files.films import save_film
-from diffmorpher.method.schedule import gaps_of_rounds, insert_positions, most_even
+from diffmorpher.method.schedule import (
+    SCHEDULES,
+    Film,
+    Plan,
+    gaps_of_rounds,
+    insert_positions,
+    most_even,
+    uniform_positions,
+)
 from diffmorpher.models.catalog import CATALOG
-from diffmorpher.stream import FrameStream
+from diffmorpher.stream import FrameStream, Measure
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
 STEPS = 4
@@ -114,20 +123,50 @@ def test_a_jump_gets_its_frames(morpher: Morpher, path: MorphPath, monkeypatch: 
     """Where all change lies in one place, rounds close in on it, which two passes cannot: they saw one wide gap."""
     jump, width = 0.4, 1e-3
 
-    def distance(self: FrameStream, p: float, q: float, a: Any, b: Any) -> float:
+    def distance(self: Measure | None, p: float, q: float, a: Any, b: Any) -> float:
         def height(x: float) -> float:
             return float(np.clip((x - jump) / width, 0, 1)) + 0.1 * x
 
         return height(q) - height(p)
 
-    monkeypatch.setattr(FrameStream, "_distance", distance)
+    monkeypatch.setattr(Measure, "between", distance)
     widest = {}
     for method in ("two-pass", "insert"):
         schedule = ScheduleConfig(method=method, rounds=8)  # type: ignore[arg-type]
         stream = FrameStream(path, 32, SampleConfig(steps=1), schedule)
         positions = stream.plan()
-        widest[method] = max(distance(stream, p, q, None, None) for p, q in pairwise(positions))
+        widest[method] = max(distance(None, p, q, None, None) for p, q in pairwise(positions))
     assert widest["insert"] < 0.7 * widest["two-pass"]
+
+
+def test_a_way_to_space_frames_is_added_by_writing_and_naming_it(
+    morpher: Morpher, path: MorphPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frames that dwell on the first image; one of them is made for the choice, and not again."""
+    asked: list[list[list[float]]] = []
+
+    def squares(film: Film, schedule: ScheduleConfig) -> Plan:
+        end = film.num_images - 1
+        positions = [p * p / end for p in uniform_positions(film.num_frames, film.num_images)]
+        film.make(positions[:1])
+        asked.append(film.distances(positions[:4], reach=2))
+        return Plan(positions)
+
+    monkeypatch.setitem(SCHEDULES, "squares", squares)
+    monkeypatch.setattr("diffmorpher.config.ScheduleMethod", Literal["insert", "squares"])
+    schedule, sample = ScheduleConfig(method="squares"), SampleConfig(steps=STEPS)  # type: ignore[arg-type]
+    seen: list[tuple[str, int, int]] = []
+    result = morpher.film(path, 9, sample, schedule, lambda *at: seen.append(at))
+    assert result.alphas == [p * p / 2 for p in np.linspace(0, 2, 9)] and len(result.frames) == 9
+    (near,) = asked
+    assert [len(row) for row in near] == [2, 2, 1] and [row[0] for row in near] == result.distances[:3]
+    assert result.distances_before == [] and all(result.seconds[stage] > 0 for stage in ("schedule", "sample"))
+    for stage, frames in (("schedule", 3), ("sample", 9)):
+        assert [at[1:] for at in seen if at[0] == stage][-1] == (frames * STEPS, frames * STEPS)
+
+
+def test_every_way_that_can_be_named_is_there() -> None:
+    assert set(SCHEDULES) == {"uniform", *get_args(ScheduleMethod)}
 
 
 @pytest.mark.parametrize("bad", [{"method": "best"}, {"rounds": 0}, {"spare": -1}, {"most": 1.5}])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .errors import ConfigError
 
@@ -169,6 +169,10 @@ class SampleConfig:
         Limits("fixed LoRA mix", low=0, high=last, optional=True, allowed=allowed).check(self.fix_lora)
 
 
+#: The ways to space frames, each a function in `method/schedule.py`.
+ScheduleMethod = Literal["insert", "two-pass"]
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """How frames are spaced (method, section 8): evenly by perceptual distance, or (`enabled=False`) evenly in alpha.
@@ -180,7 +184,7 @@ class ScheduleConfig:
     """
 
     enabled: bool = setting(True, "rescheduling", bool)
-    method: Literal["insert", "two-pass"] = setting("insert", "schedule", str, choices=("insert", "two-pass"))
+    method: ScheduleMethod = setting("insert", "schedule", str, choices=get_args(ScheduleMethod))
     rounds: int = setting(2, "rounds", int, low=1)
     spare: int = setting(2, "spare", int, low=0)
     most: int = setting(60, "most", int, low=1)

@@ -6,7 +6,8 @@ Memory does not grow with the film: frames are sampled and decoded a batch at a 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from .config import SampleConfig, ScheduleConfig
 from .errors import DiffMorpherError
+from .method import schedule as spacing
 from .method.perceptual import perceptual_distance
-from .method.schedule import even_positions, gaps_of_rounds, insert_positions, most_even, uniform_positions
 from .models.backbone import float32_products
 from .path import MorphPath, to_bytes, to_picture
 from .progress import ProgressCallback
@@ -38,164 +39,147 @@ class FrameStream:
         schedule: ScheduleConfig,
         progress: ProgressCallback | None = None,
     ) -> None:
-        self.path, self.num_frames, self.sample, self.schedule = path, num_frames, sample, schedule
-        self.progress = progress
-        self._to_make = num_frames  # and what the insertion makes to choose from
-        self._sampled_in = {"schedule": 0, "sample": 0}  # frames, so far
-        self.seconds = {"schedule": 0.0, "sample": 0.0}
-        self.distances: list[float] = []
-        self.distances_before: list[float] = []
-        self.positions = uniform_positions(num_frames, path.num_images, path.loop)
-        self._planned = not schedule.enabled or num_frames <= (1 if path.loop else 2)
-        self._end = path.num_images if path.loop else path.num_images - 1
-        self._made: dict[float, Tensor] = {}  # (3, H, W) uint8, of frames that the schedule looked at and that stay
-        self._known: dict[tuple[float, float], float] = {}  # the distance between two positions
-        self._maps: dict[float, list[Tensor]] = {}  # the perceptual features of the few frames that are being compared
-        self._measure = perceptual_distance(str(path.backbone.device))
+        self.schedule, self.distances, self.distances_before = schedule, list[float](), list[float]()
+        self.positions = spacing.uniform_positions(num_frames, path.num_images, path.loop)  # refuses too few
+        self._frames, self._planned = _Frames(path, num_frames, sample, progress), False
+        self.seconds = self._frames.clock.seconds
 
     def plan(self) -> list[float]:
         """Settle the positions, sampling what that takes; the frames made on the way that stay are not made again."""
         if not self._planned:
             self._planned = True
-            if self.schedule.method == "two-pass":
-                self.distances_before = self._walk(self.positions)
-                self.positions = even_positions(
-                    self.positions, self.distances_before, self.num_frames, self.path.num_images, self.path.loop
-                )
-            else:
-                self._insert()
+            with self._frames.clock.running("schedule"):
+                plan = spacing.plan(self._frames, self.schedule)
+            self.positions, self.distances_before = plan.positions, plan.distances_before
+            self._frames.keep(self.positions)
         return self.positions
 
     def __iter__(self) -> Iterator[Image.Image]:
         self.plan()
-        for picture in self._pictures(self.positions, "sample", self.distances):
-            yield to_picture(picture)
+        for i, (picture, distances) in enumerate(self._frames.along(self.positions, "sample")):
+            self.distances += distances
+            if i < len(self.positions):
+                yield to_picture(picture)
 
-    # ---- two passes
 
-    def _walk(self, positions: Sequence[float]) -> list[float]:
-        """The distances along a film that is not kept."""
-        distances: list[float] = []
-        for _ in self._pictures(positions, "schedule", distances):
-            pass
-        return distances
+class _Frames:
+    """The `Film` that a schedule works on: frames of a path by their positions, made in batches, kept, measured."""
 
-    # ---- insertion
+    def __init__(
+        self, path: MorphPath, num_frames: int, sample: SampleConfig, progress: ProgressCallback | None
+    ) -> None:
+        self.path, self.num_frames, self.sample, self.progress = path, num_frames, sample, progress
+        self.num_images, self.loop = path.num_images, path.loop
+        self.clock = _Clock("schedule", "sample")
+        self._made: dict[float, Tensor] = {}  # (3, H, W) uint8, of frames that the schedule looked at and that stay
+        self._done, self._total = {"schedule": 0, "sample": 0}, {"schedule": 0, "sample": num_frames}  # frames
+        self._measure = Measure(path.backbone.device)
 
-    def _insert(self) -> None:
-        """Rounds of frames, each put where the widest gaps of those before it are; of some more than needed the best stay.
+    # ---- what a schedule asks for
 
-        What a gap measures once it is split shows only then: it is more than its share wherever the film jumps. Frames of
-        a long film beyond `schedule.most` are placed without being looked at, and made as they are asked for.
-        """
-        gaps = self.num_frames if self.path.loop else self.num_frames - 1
-        spare = min(self.schedule.spare, (gaps - self._end) // 7) if gaps <= self.schedule.most else 0
-        settled = min(gaps, max(self.schedule.most, self._end)) + spare
-        self._to_make = self.num_frames + spare
-        first, *others = gaps_of_rounds(settled, self._end, self.schedule.rounds)
-        positions = uniform_positions(first if self.path.loop else first + 1, self.path.num_images, self.path.loop)
-        self._make(positions)
-        for wanted in others:
-            new = self._widest(positions, wanted)
-            self._make(new)
-            positions = sorted([*positions, *new])
-        if spare:
-            closed = self._closed(positions)
-            stops = {i for i, position in enumerate(closed) if position == int(position)}
-            kept = most_even(self._near(closed, spare + 1), gaps, stops)
-            positions = [closed[i] for i in kept[: self.num_frames]]
-            self._made = {position: self._made[position] for position in positions}
-        self.positions = sorted([*positions, *self._widest(positions, gaps)])
-
-    def _make(self, positions: Sequence[float]) -> None:
+    def make(self, positions: Sequence[float], spare: int = 0) -> None:
+        self._total["sample"] = self.num_frames + spare
         self._made |= dict(zip(positions, self._sampled(positions, "sample"), strict=True))
 
-    def _widest(self, positions: Sequence[float], gaps: int) -> list[float]:
-        """Where to put new frames so that there are so many gaps."""
-        closed = self._closed(positions)
-        if gaps == len(closed) - 1:
-            return []
-        return insert_positions(closed, [d for d, *_ in self._near(closed)], gaps - len(closed) + 1)
+    def distances(self, positions: Sequence[float], reach: int = 1) -> list[list[float]]:
+        self._total["schedule"] += sum(position not in self._made for position in positions)
+        near: list[list[float]] = [[] for _ in range(len(positions) if self.loop else len(positions) - 1)]
+        for j, (_, distances) in enumerate(self.along(positions, "schedule", reach)):
+            for i, distance in enumerate(distances, start=j - len(distances)):
+                near[i].append(distance)
+        return near
 
-    def _closed(self, positions: Sequence[float]) -> list[float]:
-        return [*positions, float(self._end)] if self.path.loop else list(positions)
+    # ---- what the stream asks for
 
-    def _near(self, closed: Sequence[float], reach: int = 1) -> list[list[float]]:
-        """The distances from each position but the last to the `reach` after it, as far as there are so many."""
-        with _timed(self.seconds, "schedule"):
-            pictures = [self._made[p if p in self._made else 0.0] for p in closed]  # a loop ends on its first frame
-            near: list[list[float]] = [[] for _ in closed[1:]]
-            for j in range(1, len(closed)):
-                for i in range(max(0, j - reach), j):
-                    near[i].append(self._distance(closed[i], closed[j], pictures[i], pictures[j]))
-                self._maps = {p: self._maps[p] for p in closed[max(0, j + 1 - reach) : j + 1] if p in self._maps}
-            self._maps.clear()
-            return near
+    def keep(self, positions: Sequence[float]) -> None:
+        self._made = {position: self._made[position] for position in positions if position in self._made}
 
-    # ---- frames
+    def along(self, positions: Sequence[float], stage: str, reach: int = 1) -> Iterator[tuple[Tensor, list[float]]]:
+        """The frames at `positions`, (3, H, W) uint8, in a loop the first again at the end; each with its distances from
+        the `reach` before it. Those not made yet are made a batch at a time and not kept."""
+        return self._measure.along(self._pictures(positions, stage), reach)
 
-    def _pictures(self, positions: Sequence[float], stage: str, distances: list[float]) -> Iterator[Tensor]:
-        """The frames at `positions`, in order, (3, H, W) uint8; their distances are added as both ends are there."""
-        size, start = self.path.batch_size(self.sample), 0
+    def _pictures(self, positions: Sequence[float], stage: str) -> Iterator[tuple[float, Tensor]]:
+        missing = [position for position in positions if position not in self._made]
+        size = self.path.batch_size(self.sample)
+        batch: list[Tensor] = []
         first: Tensor | None = None
-        last: tuple[float, Tensor] | None = None
-        while start < len(positions):
-            stop = start
-            missing: list[float] = []
-            while stop < len(positions) and len(missing) + (positions[stop] not in self._made) <= size:
-                if positions[stop] not in self._made:
-                    missing.append(positions[stop])
-                stop += 1
-            made = dict(zip(missing, self._sampled(missing, stage), strict=True))
-            for position in positions[start:stop]:
-                picture = made[position] if position in made else self._made[position]
-                first = picture if first is None else first
-                if last is not None:
-                    distances.append(self._distance(last[0], position, last[1], picture))
-                    self._maps.pop(last[0], None)
-                last = position, picture
-                yield picture
-            start = stop
-        if self.path.loop and first is not None and last is not None:
-            distances.append(self._distance(last[0], float(self._end), last[1], first))
+        for position in positions:
+            if position not in self._made and not batch:
+                batch, missing = self._sampled(missing[:size], stage), missing[size:]
+            picture = self._made[position] if position in self._made else batch.pop(0)
+            first = picture if first is None else first
+            yield position, picture
+        if self.loop and first is not None:
+            yield float(self.num_images), first
 
     def _sampled(self, positions: Sequence[float], stage: str) -> list[Tensor]:
         """New frames; progress counts the U-Net steps of all that are made in a stage."""
-        steps, before = self.sample.steps, self._sampled_in[stage]
+        steps, before = self.sample.steps, self._done[stage]
 
         def report(reported: str, at: int, of: int) -> None:
             if self.progress and reported == "invert":
                 self.progress(reported, at, of)
             elif self.progress:
                 done = before * steps + len(positions) * steps * at // of
-                self.progress(stage, done, self._to_make * steps)
+                self.progress(stage, done, self._total[stage] * steps)
 
         if not positions:
             return []
-        with _timed(self.seconds, stage):
+        with self.clock.running(stage):
             latents = self.path.sample_latents(positions, self.sample, report)
             pixels = self.path.decode(latents)
             if not bool(pixels.isfinite().all()):
                 raise DiffMorpherError("the model gave no valid picture (NaN): lower the LoRA rate, or use float32.")
-            self._sampled_in[stage] += len(positions)
+            self._done[stage] += len(positions)
             return list(to_bytes(pixels))
 
-    def _distance(self, p: float, q: float, a: Tensor, b: Tensor) -> float:
-        """Between the frames a, b at p, q: each looked at once while it is among the last few."""
+
+class Measure:
+    """Perceptual distances between frames known by their positions: each pair is measured once, and each frame passes the
+    network at most once while it is among the last few."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._network = perceptual_distance(str(device))
+        self._known: dict[tuple[float, float], float] = {}
+        self._maps: dict[float, list[Tensor]] = {}  # the features of the few frames that are being compared
+
+    def along(self, frames: Iterable[tuple[float, Tensor]], reach: int = 1) -> Iterator[tuple[Tensor, list[float]]]:
+        """Each picture as it comes, with its distances from the `reach` before it, the nearest last.   # (3, H, W) uint8"""
+        last: deque[tuple[float, Tensor]] = deque(maxlen=reach)
+        for q, picture in frames:
+            distances = [self.between(p, q, before, picture) for p, before in last]
+            last.append((q, picture))
+            self._maps = {p: self._maps[p] for p, _ in last if p in self._maps}
+            yield picture, distances
+        self._maps.clear()
+
+    def between(self, p: float, q: float, a: Tensor, b: Tensor) -> float:
+        """The distance between the pictures a, b at p, q."""
         if (p, q) not in self._known:
             with torch.inference_mode(), float32_products(tf32=False):
                 for position, picture in ((p, a), (q, b)):
                     if position not in self._maps:
-                        pixels = picture[None].to(self._measure.shift.device).float() / 127.5 - 1
-                        self._maps[position] = self._measure.features(pixels)
-                self._known[p, q] = float(self._measure.compare(self._maps[p], self._maps[q])[0])
+                        pixels = picture[None].to(self._network.shift.device).float() / 127.5 - 1
+                        self._maps[position] = self._network.features(pixels)
+                self._known[p, q] = float(self._network.compare(self._maps[p], self._maps[q])[0])
         return self._known[p, q]
 
 
-@contextmanager
-def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[stage] += time.perf_counter() - started
+class _Clock:
+    """Wall time by stage, in seconds; a stage that runs within another stops the other's time meanwhile."""
+
+    def __init__(self, *stages: str) -> None:
+        self.seconds = dict.fromkeys(stages, 0.0)
+        self._within = 0.0  # what stages within the one that runs have taken
+
+    @contextmanager
+    def running(self, stage: str) -> Iterator[None]:
+        started, outer = time.perf_counter(), self._within
+        self._within = 0.0
+        try:
+            yield
+        finally:
+            took = time.perf_counter() - started
+            self.seconds[stage] += took - self._within
+            self._within = outer + took

@@ -1,5 +1,7 @@
 """Even perceptual speed: which positions the frames of a film take (method, section 8).
 
+A way to space them is a function in `SCHEDULES`, from a `Film` in the making to a `Plan`. To add one, write it, put it there,
+and name it in `config.ScheduleMethod`; below the ways stands the arithmetic they are made of.
 A film passes through its key images: each stretch between two neighbours is a whole number of gaps. In a loop the last
 stretch leads back to image 0, and the frame that would repeat it is left out, so that there are as many gaps as frames.
 """
@@ -8,12 +10,102 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
-from ..config import stretches_and_gaps
+from ..config import ScheduleConfig, stretches_and_gaps
+
+
+class Film(Protocol):
+    """What a way to space frames may ask of the film it spaces."""
+
+    num_frames: int
+    num_images: int
+    loop: bool
+
+    def make(self, positions: Sequence[float], spare: int = 0) -> None:
+        """Sample frames that the film will hold, all but `spare` of those made in the end; they are not sampled again."""
+
+    def distances(self, positions: Sequence[float], reach: int = 1) -> list[list[float]]:
+        """Perceptual distances from the frame at each of the ascending `positions` to the `reach` after it, the next one first.
+
+        Fewer where the film ends before; in a loop the first frame follows the last, otherwise the last has no entry. Frames
+        not made yet are sampled for this and not kept.
+        """
+
+
+@dataclass(frozen=True)
+class Plan:
+    """positions: of the frames, ascending. distances_before: along evenly spaced positions, where those were measured."""
+
+    positions: list[float]
+    distances_before: list[float] = field(default_factory=list)
+
+
+def plan(film: Film, config: ScheduleConfig) -> Plan:
+    """Where the film's frames lie, in the way that `config` names; uniformly where it names none or there is no choice."""
+    choice = config.enabled and film.num_frames > (1 if film.loop else 2)
+    return SCHEDULES[config.method if choice else "uniform"](film, config)
+
+
+# ---- ways to space frames
+
+
+def uniform(film: Film, config: ScheduleConfig) -> Plan:
+    """Evenly in alpha; nothing is looked at."""
+    return Plan(uniform_positions(film.num_frames, film.num_images, film.loop))
+
+
+def two_pass(film: Film, config: ScheduleConfig) -> Plan:
+    """The paper's: a whole film evenly in alpha first, and from its distances the positions of even speed."""
+    positions = uniform_positions(film.num_frames, film.num_images, film.loop)
+    distances = [d for d, *_ in film.distances(positions)]
+    return Plan(even_positions(positions, distances, film.num_frames, film.num_images, film.loop), distances)
+
+
+def insert(film: Film, config: ScheduleConfig) -> Plan:
+    """Rounds of frames, each put where the widest gaps of those before it are; of some more than needed the best stay.
+
+    What a gap measures once it is split shows only then: it is more than its share wherever the film jumps. Frames of
+    a long film beyond `config.most` are placed without being looked at, and made as they are asked for.
+    """
+    stretches, gaps = stretches_and_gaps(film.num_frames, film.num_images, film.loop)
+    spare = min(config.spare, (gaps - stretches) // 7) if gaps <= config.most else 0
+    settled = min(gaps, max(config.most, stretches)) + spare
+    first, *others = gaps_of_rounds(settled, stretches, config.rounds)
+    positions = uniform_positions(first if film.loop else first + 1, film.num_images, film.loop)
+    film.make(positions, spare)
+    for wanted in others:
+        new = _widest(film, positions, wanted)
+        film.make(new, spare)
+        positions = sorted([*positions, *new])
+    if spare:
+        stops = {i for i, position in enumerate(positions) if position == int(position)}
+        kept = most_even(film.distances(positions, spare + 1), gaps, stops)
+        positions = [positions[i] for i in kept[: film.num_frames]]
+    return Plan(sorted([*positions, *_widest(film, positions, gaps)]))
+
+
+def _widest(film: Film, positions: Sequence[float], gaps: int) -> list[float]:
+    """Where to put new frames so that there are so many gaps."""
+    closed = [*positions, float(film.num_images)] if film.loop else positions
+    missing = gaps - len(closed) + 1
+    return insert_positions(closed, [d for d, *_ in film.distances(positions)], missing) if missing else []
+
+
+#: Every way by its name in `ScheduleConfig.method`; "uniform" is what `enabled=False` means.
+SCHEDULES: dict[str, Callable[[Film, ScheduleConfig], Plan]] = {
+    "uniform": uniform,
+    "two-pass": two_pass,
+    "insert": insert,
+}
+
+
+# ---- the arithmetic
 
 
 def even_alphas(alphas: Sequence[float], distances: Sequence[float], num: int) -> list[float]:

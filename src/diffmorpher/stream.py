@@ -39,9 +39,12 @@ class FrameStream:
         schedule: ScheduleConfig,
         progress: ProgressCallback | None = None,
     ) -> None:
-        self.schedule, self.distances, self.distances_before = schedule, list[float](), list[float]()
+        self.schedule = schedule
         self.positions = spacing.uniform_positions(num_frames, path.num_images, path.loop)  # refuses too few
-        self._frames, self._planned = _Frames(path, num_frames, sample, progress), False
+        self.distances: list[float] = []
+        self.distances_before: list[float] = []
+        self._frames = _Frames(path, num_frames, sample, progress)
+        self._planned = False
         self.seconds = self._frames.clock.seconds
 
     def plan(self) -> list[float]:

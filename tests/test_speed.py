@@ -50,7 +50,7 @@ def test_operations_of_the_known_architectures(benchmarks: None, name: str, row:
 
     class OnMeta:  # a Morpher refuses networks without weights
         class backbone:
-            unet, vae_factor, vae = pipe.unet, 8, pipe.vae
+            network, vae_factor, vae = pipe.unet, 8, pipe.vae
 
         @staticmethod
         def working_size() -> tuple[int, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -153,8 +153,8 @@ def test_a_way_to_space_frames_is_added_by_writing_and_naming_it(
         return Plan(positions)
 
     monkeypatch.setitem(SCHEDULES, "squares", squares)
-    monkeypatch.setattr("diffmorpher.config.ScheduleMethod", Literal["insert", "squares"])
-    schedule, sample = ScheduleConfig(method="squares"), SampleConfig(steps=STEPS)  # type: ignore[arg-type]
+    schedule, sample = ScheduleConfig(), SampleConfig(steps=STEPS)
+    object.__setattr__(schedule, "method", "squares")  # as if `ScheduleMethod` named it
     seen: list[tuple[str, int, int]] = []
     result = morpher.film(path, 9, sample, schedule, lambda *at: seen.append(at))
     assert result.alphas == [p * p / 2 for p in np.linspace(0, 2, 9)] and len(result.frames) == 9

@@ -171,6 +171,7 @@ class SampleConfig:
 
 #: The ways to space frames, each a function in `method/schedule.py`.
 ScheduleMethod = Literal["insert", "two-pass"]
+_METHODS = get_args(ScheduleMethod)
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class ScheduleConfig:
     """
 
     enabled: bool = setting(True, "rescheduling", bool)
-    method: ScheduleMethod = setting("insert", "schedule", str, choices=get_args(ScheduleMethod))
+    method: ScheduleMethod = setting("insert", "schedule", str, choices=_METHODS)
     rounds: int = setting(2, "rounds", int, low=1)
     spare: int = setting(2, "spare", int, low=0)
     most: int = setting(60, "most", int, low=1)

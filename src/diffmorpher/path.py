@@ -125,7 +125,7 @@ class MorphPath:
         if output == "pil":
             return to_pil(pixels)
         scaled = (pixels + 1) / 2
-        return scaled if output == "pt" else scaled.permute(0, 2, 3, 1).cpu().numpy()
+        return scaled if output == "pt" else scaled.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
         if match is None:
             raise RecipeError(
                 f"pictures: {str(others[0])!r} is another picture than the {Path(recipe.pictures[i]).name!r} that "
-                f"{recipe.origin or 'the recipe'} was made of: give the right one, or take its hash out of the recipe."
+                f"{recipe.origin or 'the recipe'} was made of: give the right one. (To use another, write the recipe down "
+                "and take picture_hashes out of it.)"
             )
         files.append(str(match[0]))
         pictures.append(match[1])

@@ -22,7 +22,7 @@ from urllib.request import urlopen
 
 import pytest
 
-from diffmorpher.files.films import read_settings
+from diffmorpher import FitConfig, Recipe, SampleConfig, read_settings
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -229,6 +229,52 @@ def test_from_two_pictures_to_a_playing_film_and_all_that_can_be_had_from_it(vis
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "again.mp4").read_bytes() == found[f"{stem}.mp4"]
     assert json.loads(done.stdout)["settings"] == settings
+
+
+def test_a_film_made_earlier_fills_the_form_and_is_made_again(
+    browser: Browser, server: Server, visitor: Visitor, tmp_path: Path
+) -> None:
+    visitor.upload(TIGER, WOLF)
+    visitor.page.fill("#prompt-1 input", "a tiger face")
+    visitor.small(frames=5, fps=4, steps=4)
+    visitor.page.locator("#loop input").check()
+    visitor.morph()
+    film = fetch(visitor.page.locator("video.film").get_attribute("src") or "")
+    (tmp_path / "film.mp4").write_bytes(film)
+
+    other = Visitor(browser, server)
+    other.unfold("Start from saved work")
+    other.page.set_input_files("#start input[type=file]", tmp_path / "film.mp4")
+    note = other.page.locator("#start-note")
+    expect(note).to_have_text("The settings are those of film.mp4. Add its pictures: tiger-face.png and wolf-face.png.")
+    expect(other.page.locator("#frames input").first).to_have_value("5")
+    expect(other.page.locator("#loop input")).to_be_checked()
+    other.upload(TIGER, WOLF)
+    expect(other.page.locator("#prompt-1 input")).to_have_value("a tiger face")
+    other.morph()
+    assert fetch(other.page.locator("video.film").get_attribute("src") or "") == film
+    # What is no film says so, and the form stays as it was.
+    other.page.locator("#start").get_by_label("Clear").click()
+    other.page.set_input_files("#start input[type=file]", WOLF)
+    expect(note).to_contain_text("holds no recipe: diffmorpher did not make it")
+    expect(other.page.locator("#frames input").first).to_have_value("5")
+    other.close()
+
+
+def test_the_presets(visitor: Visitor, tmp_path: Path) -> None:
+    visitor.upload(TIGER, WOLF)
+    visitor.small()
+    visitor.page.get_by_label("Quick").check()
+    visitor.morph()
+    (tmp_path / "quick.mp4").write_bytes(fetch(visitor.page.locator("video.film").get_attribute("src") or ""))
+    recipe = Recipe.read(tmp_path / "quick.mp4")
+    assert recipe.fit is None and not recipe.schedule.enabled and recipe.sample.attention_mode == "outer"
+    visitor.page.get_by_label("As the paper").check()
+    visitor.morph()
+    (tmp_path / "paper.mp4").write_bytes(fetch(visitor.page.locator("video.film").get_attribute("src") or ""))
+    recipe = Recipe.read(tmp_path / "paper.mp4")
+    assert recipe.fit == FitConfig(steps=2) and recipe.schedule.method == "two-pass"
+    assert recipe.sample == SampleConfig(steps=3)
 
 
 def test_the_slider_shows_any_position_at_once_or_soon(visitor: Visitor) -> None:

@@ -139,6 +139,9 @@ def save_made(
     both_ways = settings.get("ping_pong", False) if ping_pong is None else ping_pong
     whole = isinstance(speed, float) and speed.is_integer()  # 8 and 8.0 are one speed, and one metadata
     metadata = {**settings, "fps": int(speed) if whole else speed, "ping_pong": both_ways}
+    metadata = dict(
+        sorted(metadata.items())
+    )  # in one order, whoever put them together: the same film has the same bytes
     return save_film(frames, out, fps=speed, metadata=metadata, ping_pong=both_ways)
 
 

@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
                 return {film_note: gr.update(visible=False)}
             studio.hold(studio.session(key_of(request)), Path(file))
             try:
-                recipe = Recipe.read(file)
+                recipe = replace(Recipe.read(file), device=None, dtype=None)  # the page's machine decides
                 values, missing = fields_of(recipe)
                 chosen(values)  # what this page allows
             except UserError as error:

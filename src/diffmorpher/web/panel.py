@@ -62,7 +62,7 @@ def settings_panel(
         [("As the model suggests", ""), *((BY_NAME[name].label, name) for name in reversed(PRESETS))],
         value="",
         label="Settings",
-        info="Quick: a rough film soon. As the paper: some three times the work.",
+        info="Quick is rough: no LoRA, no even speed. As the paper is some three times the work.",
         elem_id="preset",
     )
     run()

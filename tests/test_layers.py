@@ -18,7 +18,7 @@ LAYERS = (
     ("web",),
     ("evaluation",),
     ("morpher",),
-    ("stream",),
+    ("stream", "result"),
     ("path",),
     ("method",),
     ("gather",),

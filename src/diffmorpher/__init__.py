@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from .errors import Cancelled, DiffMorpherError, UserError
     from .files.films import read_settings
     from .files.loras import Lora, load_lora, save_lora
-    from .morpher import Morpher, MorphResult
+    from .morpher import Morpher
     from .path import MorphPath
     from .recipe import Recipe
+    from .result import MorphResult
 
 _WHERE = {
     "FitConfig": "config",
@@ -26,7 +27,7 @@ _WHERE = {
     "load_lora": "files.loras",
     "save_lora": "files.loras",
     "Morpher": "morpher",
-    "MorphResult": "morpher",
+    "MorphResult": "result",
     "MorphPath": "path",
     "Recipe": "recipe",
 }

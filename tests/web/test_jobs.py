@@ -23,6 +23,7 @@ from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageEr
 from diffmorpher.files.films import read_settings
 from diffmorpher.models.catalog import ASSETS, CATALOG
 from diffmorpher.recipe import film_name
+from diffmorpher.web.downloads import downloads
 from diffmorpher.web.html import chart, frame, progress, strip
 from diffmorpher.web.jobs import Session, Studio, check_picture, explain
 from diffmorpher.web.line import LONGEST_LINE, Job, Line
@@ -272,13 +273,13 @@ def test_a_film_and_the_fit_that_is_found_again(studio: Studio) -> None:
 def test_downloads_hold_what_they_say(studio: Studio) -> None:
     ann = visit(studio, "ann", "pear", "rose")
     film = morph(studio, ann, ping_pong=True)
-    files = {kind: write() for kind, write in studio.files(film).items()}
+    files = {kind: write() for kind, write in downloads(film).items()}
     assert list(files) == ["mp4", "gif", "webp", "frames", "path", "loras"]
     with Image.open(files["gif"]) as gif:
         assert getattr(gif, "n_frames", 1) == 4  # three there, one back
     again = studio.morph(ann, chosen(SMALL), [], [], path_file=files["path"])
     assert wait(again).result.frames[1].tobytes() == film.result.frames[1].tobytes()
-    assert "loras" not in studio.files(morph(studio, ann, no_lora=True))
+    assert "loras" not in downloads(morph(studio, ann, no_lora=True))
     assert not files["path"].exists(), "the film before is still there"
 
 

@@ -15,7 +15,7 @@ from .terminal import show_seconds
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..morpher import MorphResult
+    from ..result import MorphResult
 
 
 def given(**options: Any) -> dict[str, Any]:

@@ -11,9 +11,8 @@ import secrets
 import shutil
 import threading
 import time
-import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,8 +31,9 @@ from .settings import MAX_PICTURES, MAX_PROMPT, different_names
 
 if TYPE_CHECKING:
     from ..files.loras import Lora
-    from ..morpher import Morpher, MorphResult
+    from ..morpher import Morpher
     from ..path import MorphPath
+    from ..result import MorphResult
 
 #: Limits of a picture on the page, and of a path or LoRA file.
 MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS, MAX_FILE_BYTES = 25 * 2**20, 50_000_000, 256 * 2**20
@@ -299,36 +299,6 @@ class Studio:
         about |= {"loras": list(recipe.loras), "lora_hashes": list(digests)} if loras else {}
         return replace(path, loop=recipe.loop, settings=path.settings | about, sample_config=morpher.spec.sample)
 
-    # ---- files to download
-
-    @staticmethod
-    def files(film: Film) -> dict[str, Callable[[], Path]]:
-        """What a film can be downloaded as: name of the kind -> a function that writes the file and returns its path."""
-        result = film.result
-
-        def film_as(suffix: str) -> Callable[[], Path]:
-            file = film.folder / f"{film.name}{suffix}"
-            return lambda: file if file.exists() else result.save(file)
-
-        def frames() -> Path:
-            folder = result.save(film.folder / "frames")
-            return _zip(film.folder / f"{film.name}-frames.zip", sorted(folder.iterdir()))
-
-        def loras() -> Path:
-            from ..files.loras import save_lora
-
-            bank = result.path.bank
-            count = result.path.num_images if bank else 0
-            files = [film.folder / f"{film.name}-lora-{i + 1}.safetensors" for i in range(count)]
-            for i, file in enumerate(files):
-                if bank:
-                    save_lora(bank.lora(i), file)
-            return _zip(film.folder / f"{film.name}-loras.zip", files)
-
-        kinds = {"mp4": film_as(".mp4"), "gif": film_as(".gif"), "webp": film_as(".webp"), "frames": frames}
-        kinds["path"] = lambda: result.path.save(film.folder / f"{film.name}.morph")
-        return kinds | ({"loras": loras} if result.path.bank else {})
-
 
 def check_picture(file: Path) -> None:
     """Raises `ImageError` for what cannot be morphed, naming the picture as the visitor knows it."""
@@ -369,13 +339,6 @@ def _load_path(file: Path, morpher: Morpher, recipe: Recipe) -> MorphPath:
         raise type(error)(str(error).replace(str(file), file.name)) from error
     stretches_and_gaps(recipe.frames, path.num_images, recipe.loop)
     return replace(path, loop=recipe.loop, settings=path.settings | {"loop": recipe.loop})
-
-
-def _zip(out: Path, files: Sequence[Path]) -> Path:
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as archive:
-        for file in files:
-            archive.write(file, file.name)
-    return out
 
 
 def figures(film: Film) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ..errors import Cancelled, DiffMorpherError
 from ..files.pictures import load_image
 from ..models.catalog import ASSETS
 from . import html
+from .downloads import downloads
 from .jobs import Film, Session, Studio, explain
 from .line import Job
 from .settings import MAX_PICTURES, MAX_PROMPT
@@ -295,7 +296,7 @@ class Result:
         film, links = session.film, {}
         if film is None:
             return
-        writers = self._studio.files(film)
+        writers = downloads(film)
         for kind, write in writers.items():
             try:
                 file = await asyncio.to_thread(write)

@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import combinations
 from pathlib import Path, PurePath
 from typing import Any, Literal, cast
 
@@ -184,7 +185,9 @@ class Recipe:
         plain = Recipe(loras=self.loras, model=self.model)
         own = {} if self.model == Recipe.model else {"model": self.model}
         ways = []
-        for preset in ({}, *({name: True} for name in PRESETS)):
+        for preset in (
+            dict.fromkeys(names, True) for n in range(len(PRESETS) + 1) for names in combinations(PRESETS, n)
+        ):
             reached, said = plain.changed(**preset), own | preset
             for each in SETTINGS:
                 value = each.get(self)

@@ -15,6 +15,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
@@ -23,6 +24,7 @@ from urllib.request import urlopen
 import pytest
 
 from diffmorpher import FitConfig, Recipe, SampleConfig, read_settings
+from diffmorpher.models.catalog import CATALOG
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("gradio")
@@ -161,6 +163,10 @@ class Visitor:
             "(({duration, paused, loop}) => ({duration, paused, loop}))(document.querySelector('video'))"
         )
 
+    def video(self) -> bytes:
+        """The film's file."""
+        return fetch(self.server.url + (self.page.locator("video.film").get_attribute("src") or "").lstrip("/"))
+
     def frame(self) -> tuple[str, str]:
         """What the frame says it is, and its bytes."""
         image = self.page.locator("img.frame")
@@ -239,7 +245,7 @@ def test_a_film_made_earlier_fills_the_form_and_is_made_again(
     visitor.small(frames=5, fps=4, steps=4)
     visitor.page.locator("#loop input").check()
     visitor.morph()
-    film = fetch(visitor.page.locator("video.film").get_attribute("src") or "")
+    film = visitor.video()
     (tmp_path / "film.mp4").write_bytes(film)
 
     other = Visitor(browser, server)
@@ -252,7 +258,7 @@ def test_a_film_made_earlier_fills_the_form_and_is_made_again(
     other.upload(TIGER, WOLF)
     expect(other.page.locator("#prompt-1 input")).to_have_value("a tiger face")
     other.morph()
-    assert fetch(other.page.locator("video.film").get_attribute("src") or "") == film
+    assert other.video() == film
     # What is no film says so, and the form stays as it was.
     other.page.locator("#start").get_by_label("Clear").click()
     other.page.set_input_files("#start input[type=file]", WOLF)
@@ -262,19 +268,20 @@ def test_a_film_made_earlier_fills_the_form_and_is_made_again(
 
 
 def test_the_presets(visitor: Visitor, tmp_path: Path) -> None:
-    visitor.upload(TIGER, WOLF)
-    visitor.small()
-    visitor.page.get_by_label("Quick").check()
-    visitor.morph()
-    (tmp_path / "quick.mp4").write_bytes(fetch(visitor.page.locator("video.film").get_attribute("src") or ""))
-    recipe = Recipe.read(tmp_path / "quick.mp4")
-    assert recipe.fit is None and not recipe.schedule.enabled and recipe.sample.attention_mode == "outer"
-    visitor.page.get_by_label("As the paper").check()
-    visitor.morph()
-    (tmp_path / "paper.mp4").write_bytes(fetch(visitor.page.locator("video.film").get_attribute("src") or ""))
-    recipe = Recipe.read(tmp_path / "paper.mp4")
-    assert recipe.fit == FitConfig(steps=2) and recipe.schedule.method == "two-pass"
-    assert recipe.sample == SampleConfig(steps=3)
+    made: list[Recipe] = []
+    for preset in ("As the model suggests", "Quick", "As the paper"):
+        visitor.open()
+        visitor.upload(TIGER, WOLF)
+        visitor.small()
+        visitor.page.get_by_label(preset).check()
+        visitor.morph()
+        (tmp_path / "film.mp4").write_bytes(visitor.video())
+        made.append(Recipe.read(tmp_path / "film.mp4"))
+    own, quick, paper = made
+    assert own.fit == replace(CATALOG["mini"].fit, steps=2) and own.sample == replace(CATALOG["mini"].sample, steps=3)
+    assert quick.fit is None and not quick.schedule.enabled and quick.sample.attention_mode == "outer"
+    assert paper.fit == FitConfig(steps=2) and paper.sample == SampleConfig(steps=3)
+    assert paper.schedule.method == "two-pass"
 
 
 def test_the_slider_shows_any_position_at_once_or_soon(visitor: Visitor) -> None:
@@ -363,7 +370,7 @@ def test_what_is_no_picture_is_refused_in_one_sentence(visitor: Visitor, tmp_pat
     )
     visitor.set(fix_lora="much")
     visitor.page.click("#morph")
-    expect(visitor.page.locator("#status")).to_have_text("Fix lora is 'much', but must be a number.")
+    expect(visitor.page.locator("#status")).to_have_text("Fixed LoRA mix is 'much', but must be a number.")
 
 
 def test_pictures_come_from_the_clipboard_and_the_camera(visitor: Visitor) -> None:
@@ -528,6 +535,19 @@ def test_a_program_calls_the_same_function(server: Server, tmp_path: Path) -> No
     public = [name for name in client.view_api(return_format="dict")["named_endpoints"]]
     assert public == ["/morph"]
     client.close()
+
+
+def test_the_example_in_the_documentation(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/web.md").read_text("utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for name, picture in (("cat", TIGER), ("dog", WOLF)):
+        shutil.copy(picture, f"{name}.png")
+    code = code.replace("http://127.0.0.1:7860/", server.url).replace("frames=24,", "frames=4, steps=2, lora_steps=1,")
+    exec(compile(code, "docs/web.md", "exec"), {})
+    assert ".mp4" in capsys.readouterr().out
 
 
 def test_a_password_is_asked_for_and_a_taken_port_is_named(server: Server, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from training import data
-from training.autoencoder import SIZE
 from training.loop import Limits, Run, moving_average, set_learning_rate
 from training.optim import Muon
 
@@ -119,7 +118,7 @@ def cache_latents(vae: AutoencoderKL, work: Path, pictures: list[data.Picture], 
     if file.exists():
         return torch.load(file, weights_only=True)
     device = next(vae.parameters()).device
-    images = torch.from_numpy(data.read_images(work, pictures, SIZE))
+    images = torch.from_numpy(data.read_images(work, pictures, vae.config.sample_size))
     flip = torch.tensor([picture.flip for picture in pictures])
     draw = torch.Generator().manual_seed(seed)
     rounds = []

@@ -23,7 +23,7 @@ from diffmorpher.files.pictures import fit_image
 from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.path import to_pil, to_pixels
 from training import data
-from training.autoencoder import SIZE, psnr, reconstruct
+from training.autoencoder import psnr, reconstruct
 
 # What can be named at sight: not flags, signs, times of day or the many people.
 NAMEABLE = {"Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities", "Smileys & Emotion"}
@@ -61,7 +61,7 @@ def main() -> None:
 
 def autoencoder(morpher: Morpher, work: Path, held_out: list[data.Picture]) -> dict[str, float]:
     """Means over the held-out pictures."""
-    images = torch.from_numpy(data.read_images(work, held_out, SIZE)).float() / 127.5 - 1
+    images = torch.from_numpy(data.read_images(work, held_out, morpher.pipe.vae.config.sample_size)).float() / 127.5 - 1
     made = reconstruct(morpher.pipe.vae, images)
     distances = torch.cat([perceptual_distance()(a, b) for a, b in zip(made.split(16), images.split(16), strict=True)])
     return {

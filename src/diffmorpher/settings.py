@@ -114,7 +114,7 @@ class Setting:
 
 
 SETTINGS: tuple[Setting, ...] = (
-    Setting("frames", "frames", "Output", "Frames", "More is smoother, and longer; at least one for each image.", "N"),
+    Setting("frames", "frames", "Output", "Frames", "More is smoother, and longer.", "N"),
     Setting("fps", "fps", "Output", "Frames a second", "More is faster, and shorter.", "F"),
     Setting("loop", "loop", "Output", "Loop", "Leads back to the first picture."),
     Setting("ping_pong", "ping_pong", "Output", "Ping-pong", "Plays forwards, then backwards."),

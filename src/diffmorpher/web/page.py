@@ -1,4 +1,4 @@
-"""The web page of `diffmorpher web`: it is put together and served here; the work is done in `web_jobs`.
+"""The web page of `diffmorpher web`: it is put together and served here; the work is done in `jobs`.
 
 Importing this module needs the extra `web`. The page is built without torch, so that it is there at once.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from conftest import ASSETS
@@ -67,6 +69,19 @@ def test_two_steps_of_each_part_make_a_model_that_morphs(work: Path) -> None:
     done = run("autoencoder", work, "--preset", "tiny", "--steps", "3")
     assert done.returncode == 0, done.stderr
     assert json.loads((work / "autoencoder" / "checkpoint" / "about.json").read_text())["step"] == 3
+
+
+def test_an_autoencoder_starts_from_weights_at_hand(work: Path, tmp_path: Path) -> None:
+    def trained(folder: Path, *arguments: object) -> torch.Tensor:
+        shutil.copytree(work, folder, dirs_exist_ok=True)
+        done = run("autoencoder", folder, "--preset", "tiny", "--steps", "1", *arguments)
+        assert done.returncode == 0, done.stderr
+        return AutoencoderKL.from_pretrained(folder / "vae").encoder.conv_in.weight.detach()
+
+    start = trained(tmp_path / "first", "--seed", "5")
+    on = trained(tmp_path / "second", "--start", tmp_path / "first/vae")
+    anew = trained(tmp_path / "third")
+    assert (on - start).abs().max() < 0.01 < 0.05 < (anew - start).abs().max()
 
 
 def test_the_same_seed_trains_the_same_weights(work: Path, tmp_path: Path) -> None:

@@ -23,12 +23,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# Both MIT. The digests are of the tarballs that `npm pack` fetches.
+# All MIT. The digests are of the tarballs that `npm pack` fetches.
 PICTURES = ("@lobehub/fluent-emoji-3d@1.1.0", "lobehub-fluent-emoji-3d-1.1.0.tgz")
 NAMES = ("emoji-datasource-google@16.0.0", "emoji-datasource-google-16.0.0.tgz")
+KEYWORDS = ("emojilib@4.0.3", "emojilib-4.0.3.tgz")
 SHA256 = {
     PICTURES[1]: "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
     NAMES[1]: "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+    KEYWORDS[1]: "7f9a6b43cff31d18985b7d65d11faba5bd971cbcc60020cf6d09322fbaaaf303",
 }
 
 HELD_OUT = Path(__file__).with_name("held_out.txt")
@@ -68,6 +70,7 @@ class Picture:
     category: str
     weight: float
     flip: bool
+    keywords: tuple[str, ...] = ()  # what it has to do with: "pet" of a dog
 
 
 def held_out_names() -> frozenset[str]:
@@ -84,9 +87,9 @@ def held_out_pairs() -> list[tuple[str, str]]:
 
 
 def fetch(folder: Path) -> None:
-    """Bring both tarballs with `npm pack` where they are not in `folder` yet; stop where a digest is not the known one."""
+    """Bring the tarballs with `npm pack` where they are not in `folder` yet; stop where a digest is not the known one."""
     folder.mkdir(parents=True, exist_ok=True)
-    for package, file in (PICTURES, NAMES):
+    for package, file in (PICTURES, NAMES, KEYWORDS):
         path = folder / file
         if not path.exists():
             subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True, stdout=subprocess.DEVNULL)
@@ -96,13 +99,15 @@ def fetch(folder: Path) -> None:
 
 
 def pack(folder: Path) -> list[Picture]:
-    """Write pictures.zip and captions.jsonl from the two tarballs in `folder`."""
+    """Write pictures.zip and captions.jsonl from the tarballs in `folder`."""
     with tarfile.open(folder / NAMES[1]) as tar:
         entries = json.load(_member(tar, "package/emoji.json"))
+    with tarfile.open(folder / KEYWORDS[1]) as tar:
+        keywords = json.load(_member(tar, "package/dist/emoji-en-US.json"))
     pictures = []
     with tarfile.open(folder / PICTURES[1]) as tar, zipfile.ZipFile(folder / "pictures.zip.part", "w") as pack:
         members = {Path(m.name).stem: m for m in tar if m.name.endswith(".webp")}
-        for picture in _described(entries, set(members)):
+        for picture in _described(entries, set(members), keywords):
             pictures.append(picture)
             pack.writestr(zipfile.ZipInfo(picture.file), _member(tar, members[Path(picture.file).stem].name).read())
     (folder / "pictures.zip.part").replace(folder / "pictures.zip")
@@ -113,7 +118,8 @@ def pack(folder: Path) -> list[Picture]:
 
 def read_pictures(folder: Path) -> list[Picture]:
     lines = (folder / "captions.jsonl").read_text("utf-8").splitlines()
-    return [Picture(**{**json.loads(line), "captions": tuple(json.loads(line)["captions"])}) for line in lines]
+    found = map(json.loads, lines)
+    return [Picture(**{k: tuple(v) if isinstance(v, list) else v for k, v in each.items()}) for each in found]
 
 
 def read_images(folder: Path, pictures: Iterable[Picture], size: int) -> np.ndarray:
@@ -129,13 +135,16 @@ def split(pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:
 
 
 def draw_caption(picture: Picture, draw: random.Random) -> str:
-    """The plain name half of the time, another name otherwise; with an article or as a picture now and then."""
+    """The plain name half of the time, another name otherwise; with an article, as a picture or with keywords now and then."""
     caption = picture.captions[0] if draw.random() < 0.5 else draw.choice(picture.captions)
     chance = draw.random()
-    return f"a {caption}" if chance < 0.35 else f"a picture of a {caption}" if chance < 0.45 else caption
+    caption = f"a {caption}" if chance < 0.35 else f"a picture of a {caption}" if chance < 0.45 else caption
+    if picture.keywords and draw.random() < 0.25:
+        caption = ", ".join([caption, *draw.sample(picture.keywords, min(draw.randint(1, 2), len(picture.keywords)))])
+    return caption
 
 
-def _described(entries: list[dict], files: set[str]) -> Iterable[Picture]:
+def _described(entries: list[dict], files: set[str], keywords: dict[str, list[str]]) -> Iterable[Picture]:
     for entry in entries:
         variants = [(entry, "")]
         variants += [(v, " and ".join(dict.fromkeys(SKIN_TONES[c] for c in codes.lower().split("-"))))
@@ -143,6 +152,8 @@ def _described(entries: list[dict], files: set[str]) -> Iterable[Picture]:
         found = [(file, tone) for variant, tone in variants if (file := _file(variant, files))]
         name = clean(entry["name"])
         others = dict.fromkeys([name, *(clean(short) for short in entry["short_names"]), *_plainer(name)])
+        sign = "".join(chr(int(code, 16)) for code in entry["unified"].split("-"))
+        words = [clean(word) for word in keywords.get(sign) or keywords.get(sign.replace("\ufe0f", "")) or []]
         for file, tone in found:
             yield Picture(
                 f"{file}.webp",
@@ -152,6 +163,7 @@ def _described(entries: list[dict], files: set[str]) -> Iterable[Picture]:
                 # All tones of one name together count as one and a half pictures.
                 CATEGORY_WEIGHTS.get(entry["category"], 1.0) * (1.5 / len(found) if len(found) > 1 else 1.0),
                 not ({entry["category"], entry["subcategory"]} & NO_FLIP),
+                tuple(dict.fromkeys(word for word in words if word and word not in others)),
             )
 
 

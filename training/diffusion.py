@@ -201,7 +201,8 @@ def main() -> None:
     config, device = CONFIGS[args.preset], torch.device(args.device)
     torch.manual_seed(args.seed)
     training, _ = data.split(data.read_pictures(args.work))
-    tokenizer = build_tokenizer([caption for picture in training for caption in picture.captions], config.vocabulary)
+    words = [text for picture in training for text in (*picture.captions, *picture.keywords)]
+    tokenizer = build_tokenizer(words, config.vocabulary)
     tokenizer.save_pretrained(args.work / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device)
     latents = cache_latents(vae, args.work, training, config.variants, args.seed)

@@ -234,6 +234,8 @@ def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
         ("recipe = 'x'", "recipe is 'x', of a newer diffmorpher"),
         ("frames = = 3", "cannot be read"),
         ("film = 3", "begin each film with [[film]]"),
+        ("out = 3", "out is 3, but must be a text"),
+        ("[[film]]\nname = ['a']", "name is ['a'], but must be a text"),
         ("[[film]]\nframe = 3\n[[film]]\nframes = 3", "film 1: the key 'frame' is not known"),
     ],
 )
@@ -283,8 +285,8 @@ def test_a_batch_with_what_is_common_and_a_table(tmp_path: Path) -> None:
         "category,name,image_0,image_1,image_2,prompt_0,prompt_1,frames,fit.steps,loop,size\n"
         "cats,n,a.png,b.png,,a cat,,9,4,true,64x64\n,,c.png,d.png,e.png,,,,,,\n"
     )
-    (one, n), (two, none) = read_recipes(tmp_path / "p.csv")
-    assert (n, none) == ("n.mp4", None)
+    (one, n), (two, unnamed) = read_recipes(tmp_path / "p.csv")
+    assert (n, unnamed) == ("n.mp4", "c-d-e.mp4")
     assert (one.pictures, one.prompts) == (("a.png", "b.png"), ("a cat",))
     assert (one.frames, asdict(one.fit)["steps"], one.loop, one.size) == (9, 4, True, (64, 64))  # type: ignore[call-overload]
     assert two == Recipe(("c.png", "d.png", "e.png"))

@@ -226,7 +226,7 @@ def film_name(names: Sequence[str]) -> str:
 
 
 def read_recipes(file: str | os.PathLike[str]) -> list[tuple[Recipe, str | None]]:
-    """The recipes in a file, each with the output that a batch names for it. Raises `RecipeError`, naming the key."""
+    """The recipes in a file, each with its output where the file is a batch. Raises `RecipeError`, naming the key."""
     path = Path(file).expanduser()
     documents = read_document(path)
     if not documents:
@@ -234,12 +234,18 @@ def read_recipes(file: str | os.PathLike[str]) -> list[tuple[Recipe, str | None]
     found = []
     for number, document in enumerate(documents, start=1):
         where = str(file) if len(documents) == 1 else f"{file}, film {number}"
-        name = document.pop("name", None)
-        out = document.pop("out", None) or (f"{name}.mp4" if name else None)
+        outputs: dict[str, Any] = {}
+        if path.suffix.lower() in (".toml", ".csv"):  # a film made by others does not say where ours goes
+            outputs = {key: document.pop(key) for key in ("name", "out") if key in document}
+            for key, value in outputs.items():
+                if value is not None and not isinstance(value, str):
+                    raise RecipeError(f"{where}: {key} is {value!r}, but must be a text.")
         if path.suffix.lower() == ".csv":
             document.pop("category", None)
             document = {key: _of_text(key, value) for key, value in document.items()}
-        found.append((_recipe(document, where, path), None if out is None else str(out)))
+        recipe = _recipe(document, where, path)
+        out = outputs.get("out") or f"{outputs.get('name') or film_name(recipe.pictures)}.mp4"
+        found.append((recipe, out if outputs else None))
     return found
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from diffmorpher import Morpher, Recipe, read_settings
 from diffmorpher.cli import app
+from diffmorpher.files.films import save_film
 from diffmorpher.models.catalog import ASSETS
 
 DEMO = ASSETS / "demo"
@@ -190,6 +192,26 @@ def test_a_table_of_pairs(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text", ['[[film]]\npictures = ["pear.png", "rose.png"]', "image_0,image_1\npear.png,rose.png"]
+)
+def test_a_batch_of_one_is_a_batch(run: Run, tmp_path: Path, text: str) -> None:
+    name = "one.toml" if "film" in text else "one.csv"
+    (tmp_path / name).write_text(text)
+    assert run("morph", "--from", name, "-o", "films", *SMALL)[0] == 0
+    assert [file.name for file in (tmp_path / "films").iterdir()] == ["pear-rose.mp4"]
+
+
+def test_a_film_does_not_say_where_another_goes(run: Run, tmp_path: Path) -> None:
+    assert run("morph", "pear.png", "rose.png", "-o", "a.png", *SMALL)[0] == 0
+    settings = read_settings("a.png") or {}
+    save_film([Image.new("RGB", (8, 8))], "b.png", metadata=settings | {"out": str(tmp_path / "tulip.png")})
+    tulip = (tmp_path / "tulip.png").read_bytes()
+    status, _, err = run("morph", "--from", "b.png", "-o", "c.png")
+    assert status == 2 and "the key 'out' is not known" in err
+    assert (tmp_path / "tulip.png").read_bytes() == tulip and not (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(
     ("change", "arguments", "said"),
     [
         (("tulip.png", "nosuch.png"), (), "film 2 of the batch: pictures: 'nosuch.png' is neither beside batch.toml"),
@@ -199,6 +221,7 @@ def test_a_table_of_pairs(run: Run, tmp_path: Path) -> None:
         (("steps = 2", "steps = 0"), (), "batch.toml, film 1: sample.steps: steps is 0"),
         (("", ""), ("pear.png", "rose.png"), "a batch says itself which pictures and outputs it has"),
         (("", ""), ("--frames", "1"), "frames is 1"),
+        (("", ""), ("-o", "film.mp4"), "-o 'film.mp4' is a film's name, but a batch needs a folder"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_said_before_the_first_film(

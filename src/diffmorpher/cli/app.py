@@ -106,12 +106,12 @@ def morph(
         raise ConfigError("Missing argument 'IMAGE': give two pictures or more, or a film with --from.")
     films = [(Recipe(tuple(map(str, images))), None)] if from_file is None else read_recipes(from_file)
     films = [(recipe.changed(**typed), name) for recipe, name in films]
-    if len(films) > 1 or films[0][1] is not None:
+    if films[0][1] is not None:
         if images or save_frames or save_path or save_recipe:
             raise ConfigError(
                 "a batch says itself which pictures and outputs it has: give -o a folder, and no other output."
             )
-        run_batch(films, out, started, as_json, _load)
+        run_batch([(recipe, name or "") for recipe, name in films], out, started, as_json, _load)
         return
     recipe = films[0][0]
     if out is None and not save_recipe:

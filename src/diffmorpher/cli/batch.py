@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DiffMorpherError, ImageError
-from ..files.films import check_output, read_settings
+from ..files.films import FORMATS, check_output, read_settings
 from ..gather import gather
 from ..progress import say
-from ..recipe import Recipe, film_name
+from ..recipe import Recipe
 from .checks import check_loras
 from .output import figures, print_json, save
 from .terminal import StageBars
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def run_batch(
-    films: Sequence[tuple[Recipe, str | None]],
+    films: Sequence[tuple[Recipe, str]],
     folder: Path | None,
     started: float,
     as_json: bool,
@@ -33,6 +33,8 @@ def run_batch(
     films: recipes, each with its output's name; folder: where the outputs are, else beside the working folder's other files.
     Raises `UserError` for the first film that cannot be made, `DiffMorpherError` at the end for those that failed at work.
     """
+    if folder is not None and folder.suffix.lower() in FORMATS:
+        raise ConfigError(f"-o {str(folder)!r} is a film's name, but a batch needs a folder: leave the suffix out.")
     work = [_prepared(recipe, name, folder, f"film {i}") for i, (recipe, name) in enumerate(films, start=1)]
     places = [out.resolve() for _, out in work]
     if twice := next((out for _, out in work if places.count(out.resolve()) > 1), None):
@@ -67,9 +69,9 @@ def run_batch(
         raise DiffMorpherError(f"{len(failed)} of {len(work)} films failed; run again to try them once more.")
 
 
-def _prepared(recipe: Recipe, name: str | None, folder: Path | None, which: str) -> tuple[Recipe, Path]:
+def _prepared(recipe: Recipe, name: str, folder: Path | None, which: str) -> tuple[Recipe, Path]:
     """A film's recipe with its files found, and where it goes."""
-    out = (folder or Path()) / (name or f"{film_name(recipe.pictures)}.mp4")
+    out = (folder or Path()) / name
     try:
         found, _ = gather(recipe)
         check_output(out)

@@ -27,6 +27,7 @@ def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     A batch is a .toml with `[[film]]` tables, whose other keys hold for every film, or a .csv with a line for each film:
     columns image_0, image_1 ..., prompt_0 ..., name or out, and keys such as frames or fit.steps; its values are texts.
+    Films of a batch have an `out`, which may be None.
     Raises `RecipeError` for what holds none.
     """
     path = Path(file).expanduser()
@@ -81,7 +82,7 @@ def _films(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _merged(common: Mapping[str, Any], film: Mapping[str, Any]) -> dict[str, Any]:
-    both = {**common, **film}
+    both = {"out": None, **common, **film}
     for section in SECTIONS:
         if isinstance(common.get(section), dict) and isinstance(film.get(section), dict):
             both[section] = common[section] | film[section]
@@ -90,7 +91,7 @@ def _merged(common: Mapping[str, Any], film: Mapping[str, Any]) -> dict[str, Any
 
 def _row(row: Mapping[str | None, Any]) -> dict[str, Any]:
     """A line of a table; empty cells say nothing."""
-    document: dict[str, Any] = {}
+    document: dict[str, Any] = {"out": None}
     lists: dict[str, dict[int, str]] = {"image": {}, "prompt": {}, "lora": {}}
     for column, text in row.items():
         if column is None:

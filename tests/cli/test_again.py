@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from diffmorpher import Morpher, Recipe, read_settings
 from diffmorpher.cli import app
+from diffmorpher.errors import ModelError
 from diffmorpher.files.films import save_film
 from diffmorpher.models.catalog import ASSETS
 
@@ -32,7 +34,7 @@ def run(
     for name in ("pear", "rose", "tulip"):
         shutil.copy(DEMO / f"{name}.png", tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(app, "_load", lambda recipe: loads.append(recipe.model) or loaded_mini)
+    monkeypatch.setattr(app, "_load", lambda recipe, typed=(): loads.append(recipe.model) or loaded_mini)
     loads: list[str] = []
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -142,6 +144,33 @@ def test_inputs_are_not_written_over(run: Run, tmp_path: Path) -> None:
     assert before == {file: file.read_bytes() for file in tmp_path.iterdir()}
 
 
+def test_frames_that_are_inputs_are_not_written_over_either(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "f").mkdir()
+    for i, name in enumerate(("pear", "rose")):
+        shutil.copy(DEMO / f"{name}.png", tmp_path / f"f/frame_000{i}.png")
+    pictures = ("f/frame_0000.png", "f/frame_0001.png")
+    for places in (("-o", "f"), ("-o", "a.mp4", "--save-frames", "f")):
+        status, _, err = run("morph", *pictures, *places, *SMALL)
+        assert status == 2 and "output 'f' would write over 'f/frame_0000.png', a picture to be morphed" in err, err
+    assert run("morph", "pear.png", "rose.png", "-o", "g", *SMALL)[0] == 0
+    status, _, err = run("morph", "--from", "g", "-o", "g/frame_0000.png")
+    assert status == 2 and "is what the film is made from" in err
+
+
+@pytest.mark.parametrize("option", [("--save-frames", "f"), ("--save-path", "a.morph"), ("--json",)])
+def test_what_only_a_film_has_needs_an_output(run: Run, tmp_path: Path, option: tuple[str, ...]) -> None:
+    status, _, err = run("morph", "pear.png", "rose.png", "--save-recipe", "r.toml", *option)
+    assert status == 2 and "Missing option '-o'" in err and not (tmp_path / "r.toml").exists()
+
+
+def test_a_device_that_was_typed_must_be_here(tmp_path: Path) -> None:
+    recipe = replace(Recipe(device="nosuch"), origin=tmp_path / "a.mp4")
+    with pytest.raises(ModelError, match="the device 'nosuch' is not usable here"):
+        app._load(recipe, {"device": "nosuch"})
+    with pytest.warns(UserWarning, match="was made on 'nosuch', which is not here"):
+        app._load(recipe)
+
+
 BATCH = """
 frames = 3
 [fit]
@@ -176,8 +205,10 @@ def test_a_batch_is_made_once(run: Run, tmp_path: Path) -> None:
     assert run("morph", "--from", "batch.toml", "-o", "films")[0] == 0
     assert (tmp_path / "films/one.mp4").stat().st_mtime_ns == times[tmp_path / "films/one.mp4"]
     assert Recipe.read("films/two.gif").frames == 4
-    # An option typed beside it holds for every film.
-    status, out, _ = run("morph", "--from", "batch.toml", "-o", "films", "--fps", "3", "--json")
+    # An option typed beside it holds for every film, and what changes nothing is said once.
+    further = ("--fps", "3", "--no-lora", "--lora-rank", "2", "--json")
+    status, out, err = run("morph", "--from", "batch.toml", "-o", "films", *further)
+    assert err.count("--lora-rank changes nothing with --no-lora.") == 1
     assert status == 0 and [film["settings"]["fps"] for film in json.loads(out)["films"]] == [3, 3]
 
 
@@ -217,7 +248,9 @@ def test_a_film_does_not_say_where_another_goes(run: Run, tmp_path: Path) -> Non
         (("tulip.png", "nosuch.png"), (), "film 2 of the batch: pictures: 'nosuch.png' is neither beside batch.toml"),
         (("two.gif", "one.mp4"), (), "two films of the batch go to 'one.mp4'"),
         (("two.gif", "two.avi"), (), "film 2 of the batch: Output 'two.avi' ends in '.avi'"),
-        (("two.gif", "tulip.png"), (), "film 2 of the batch: output 'tulip.png' is one of its own inputs"),
+        (("two.gif", "tulip.png"), (), "output 'tulip.png' writes over a file that a film of the batch is made from"),
+        (("one.mp4", "tulip.png"), (), "output 'tulip.png' writes over a file that a film of the batch is made from"),
+        (('out = "two.gif"', 'model = "nosuch"'), (), "film 2 of the batch: the model 'nosuch' is not known"),
         (("steps = 2", "steps = 0"), (), "batch.toml, film 1: sample.steps: steps is 0"),
         (("", ""), ("pear.png", "rose.png"), "a batch says itself which pictures and outputs it has"),
         (("", ""), ("--frames", "1"), "frames is 1"),

@@ -89,7 +89,7 @@ def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, An
     line = command(recipe, [str(DEMO / "pear.png"), str(DEMO / "rose.png")], ["a", "b"])
     understood: list[Recipe] = []
 
-    def stop(recipe: Recipe) -> None:
+    def stop(recipe: Recipe, typed: object = ()) -> None:
         understood.append(recipe)
         raise DiffMorpherError("far enough")
 

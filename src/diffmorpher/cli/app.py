@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Collection
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -106,19 +107,21 @@ def morph(
         raise ConfigError("Missing argument 'IMAGE': give two pictures or more, or a film with --from.")
     films = [(Recipe(tuple(map(str, images))), None)] if from_file is None else read_recipes(from_file)
     films = [(recipe.changed(**typed), name) for recipe, name in films]
+    for sentence in dict.fromkeys(sentence for recipe, _ in films for sentence in unused(recipe, typed)):
+        warnings.warn(sentence, stacklevel=2)
+    load = partial(_load, typed=typed)
     if films[0][1] is not None:
         if images or save_frames or save_path or save_recipe:
             raise ConfigError(
                 "a batch says itself which pictures and outputs it has: give -o a folder, and no other output."
             )
-        run_batch([(recipe, name or "") for recipe, name in films], out, started, as_json, _load)
+        run_batch([(recipe, name or "") for recipe, name in films], out, started, as_json, load)
         return
     recipe = films[0][0]
-    if out is None and not save_recipe:
+    if out is None and (not save_recipe or save_frames or save_path or as_json):
         raise ConfigError("Missing option '-o': say where the film goes, such as -o film.mp4.")
-    for sentence in unused(recipe, typed):
-        warnings.warn(sentence, stacklevel=2)
-    known = {"a picture to be morphed": images, "what the film is made from": [from_file] if from_file else []}
+    source = [from_file, *from_file.glob("frame_*.png")] if from_file else []
+    known = {"a picture to be morphed": images, "what the film is made from": source}
     check_outputs(out, save_frames, save_path, save_recipe, known)
     recipe, pictures = gather(recipe, images if from_file else ())
     inputs = {"a picture to be morphed": recipe.pictures, "a LoRA to be used": recipe.loras}
@@ -131,7 +134,7 @@ def morph(
     if out is None:
         say(f"Wrote {save_recipe}")
         return
-    morpher = _load(recipe)
+    morpher = load(recipe)
     loaded = time.perf_counter()
     outputs = [out, *([save_frames] if save_frames else [])]
     as_made = len(outputs) == 1 and out.suffix.lower() in ("", ".mp4") and not recipe.ping_pong
@@ -208,15 +211,18 @@ app.command()(bench.study)
 # ---- steps of a command
 
 
-def _load(recipe: Recipe) -> Morpher:
-    """The recipe's model, after its name, the device and the dtype have been checked, which is quicker than loading it."""
+def _load(recipe: Recipe, typed: Collection[str] = ()) -> Morpher:
+    """The recipe's model, after its name, the device and the dtype have been checked, which is quicker than loading it.
+
+    typed: settings that must be as they are; the device that a recipe from a file names may be missing here.
+    """
     from ..models.loading import choose_device, choose_dtype
 
     check_model(recipe.model)
     try:
         device = choose_device(recipe.device)
     except ModelError:
-        if recipe.origin is None:
+        if recipe.origin is None or "device" in typed:
             raise
         device = choose_device(None)  # the film was made on another machine
         warnings.warn(

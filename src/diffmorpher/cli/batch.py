@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DiffMorpherError, ImageError
-from ..files.films import FORMATS, check_output, read_settings
+from ..files.films import FORMATS, check_output, read_settings, writes_over
 from ..gather import gather
+from ..models.catalog import check_model
 from ..progress import say
 from ..recipe import Recipe
 from .checks import check_loras
@@ -39,6 +40,11 @@ def run_batch(
     places = [out.resolve() for _, out in work]
     if twice := next((out for _, out in work if places.count(out.resolve()) > 1), None):
         raise ConfigError(f"two films of the batch go to {str(twice)!r}: give each an out of its own.")
+    inputs = [Path(file) for recipe, _ in work for file in (*recipe.pictures, *recipe.loras)]
+    if over := next((out for _, out in work if any(writes_over(out, file) for file in inputs)), None):
+        raise ConfigError(
+            f"output {str(over)!r} writes over a file that a film of the batch is made from: choose another."
+        )
     made: list[dict[str, Any]] = []
     failed: list[str] = []
     morpher: Morpher | None = None
@@ -75,8 +81,7 @@ def _prepared(recipe: Recipe, name: str, folder: Path | None, which: str) -> tup
     try:
         found, _ = gather(recipe)
         check_output(out)
-        if out.resolve() in {Path(file).resolve() for file in (*found.pictures, *found.loras)}:
-            raise ConfigError(f"output {str(out)!r} is one of its own inputs: choose another name.")
+        check_model(found.model)
         check_loras(found.loras)
     except DiffMorpherError as error:
         raise type(error)(f"{which} of the batch: {error}") from error

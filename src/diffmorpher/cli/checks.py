@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, OutputError
-from ..files.films import check_output
+from ..files.films import check_output, writes_over
 
 
 def check_port(port: int | None) -> None:
@@ -50,12 +50,17 @@ def check_outputs(
         check_file(path)
     if recipe is not None:
         check_file(recipe)
-    taken = {file.resolve(): f"is {what}" for what, files in inputs.items() for file in files}
+    taken = {file: what for what, files in inputs.items() for file in files}
+    asked: set[Path] = set()
     for place in (out, frames, path, recipe):
         if place is not None:
-            if place.resolve() in taken:
-                raise OutputError(f"output {str(place)!r} {taken[place.resolve()]}: choose another name.")
-            taken[place.resolve()] = "is asked for twice"
+            for file, what in taken.items():
+                if writes_over(place, file):
+                    how = "is" if place.resolve() == file.resolve() else f"would write over {str(file)!r},"
+                    raise OutputError(f"output {str(place)!r} {how} {what}: choose another name.")
+            if place.resolve() in asked:
+                raise OutputError(f"output {str(place)!r} is asked for twice: choose another name.")
+            asked.add(place.resolve())
 
 
 def check_file(file: Path) -> None:

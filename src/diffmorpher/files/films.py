@@ -76,6 +76,13 @@ def check_output(out: PathLike) -> Path:
     return path
 
 
+def writes_over(out: PathLike, file: PathLike) -> bool:
+    """Whether writing to `out` replaces that file, which may be a frame in a folder of frames."""
+    place, there = Path(out).resolve(), Path(file).resolve()
+    in_folder = not place.suffix and there.parent == place and _FRAME_NAME.fullmatch(there.name) is not None
+    return place == there or in_folder
+
+
 def save_film(
     frames: Iterable[Image.Image],
     out: PathLike,

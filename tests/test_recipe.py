@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffmorpher import FitConfig, Recipe, SampleConfig, ScheduleConfig
-from diffmorpher.errors import ConfigError, ImageError, OutputError, RecipeError
+from diffmorpher.errors import ConfigError, ImageError, ModelError, OutputError, RecipeError
 from diffmorpher.files.pictures import image_hash
 from diffmorpher.gather import gather
-from diffmorpher.models.catalog import ASSETS, CATALOG
+from diffmorpher.models.catalog import ASSETS, CATALOG, bare_name, check_model
 from diffmorpher.recipe import read_recipes
 from diffmorpher.settings import BY_NAME, CONFIGS, LIMITS, PRESETS, SETTINGS, check_typed, unused
 
@@ -190,9 +190,23 @@ def test_its_command_makes_it_again(names: dict[str, bool], data: st.DataObject)
             typed[name] = data.draw(values.get(name, st.integers(1, 9)))
     recipe = Recipe(("a.png", "b.png")).changed(**typed)
     said = recipe.typed()
-    assert said is not None and len(said) <= len(typed)
+    assert said is not None and (
+        len(said) <= len(typed) or typed.keys() >= PRESETS.keys()
+    )  # it knows one preset at a time
     assert Recipe(("a.png", "b.png")).changed(**said) == recipe
     assert recipe.command().startswith("diffmorpher morph a.png b.png -o a-b.mp4")
+
+
+def test_a_command_with_loras_has_no_preset_that_takes_them_away() -> None:
+    recipe = Recipe(("a", "b"), loras=("x", "y")).changed(attention_mode="outer", reschedule=False)
+    assert recipe.command().endswith("--lora x --lora y -o a-b.mp4 --attention-mode outer --no-reschedule")
+    assert replace(recipe, lora_hashes=("1", "2")).changed(preview=True).lora_hashes == ()
+
+
+def test_one_text_is_a_list_of_one_and_an_unknown_setting_is_named() -> None:
+    assert Recipe(prompts="a cat").prompts == Recipe().changed(prompt="a cat").prompts == ("a cat",)  # type: ignore[arg-type]
+    with pytest.raises(RecipeError, match="the key 'frame' is not known; did you mean frames"):
+        Recipe().changed(frame=3)
 
 
 def test_what_no_option_says_has_no_command() -> None:
@@ -235,6 +249,10 @@ def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
         ("frames = = 3", "cannot be read"),
         ("film = 3", "begin each film with [[film]]"),
         ("out = 3", "out is 3, but must be a text"),
+        ("fps = 1" + "0" * 400, "fps is 1000"),
+        ("fit.learning_rate = 1" + "0" * 400, "fit.learning_rate: LoRA rate is 1000"),
+        ("images = ['a', 'b']", "the key 'images' is not known"),
+        ("a = " + "[" * 3000 + "]" * 3000, "cannot be read"),
         ("[[film]]\nname = ['a']", "name is ['a'], but must be a text"),
         ("[[film]]\nframe = 3\n[[film]]\nframes = 3", "film 1: the key 'frame' is not known"),
     ],
@@ -290,9 +308,26 @@ def test_a_batch_with_what_is_common_and_a_table(tmp_path: Path) -> None:
     assert (one.pictures, one.prompts) == (("a.png", "b.png"), ("a cat",))
     assert (one.frames, asdict(one.fit)["steps"], one.loop, one.size) == (9, 4, True, (64, 64))  # type: ignore[call-overload]
     assert two == Recipe(("c.png", "d.png", "e.png"))
-    (tmp_path / "p.csv").write_text("image_0,image_1,frames\na.png,b.png,many\n")
-    with pytest.raises(RecipeError, match="frames is 'many', but must be a whole number"):
+    (tmp_path / "p.csv").write_text("image_0,image_1\na.png,b.png\n\n,\n")  # as spreadsheets end them
+    assert len(read_recipes(tmp_path / "p.csv")) == 1
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "said"),
+    [
+        ("frames", "many", "frames is 'many', but must be a whole number"),
+        ("foo.bar", "1", "the key 'foo' is not known"),
+        ("frames.x", "1", "frames is {'x': '1'}, but must be a whole number"),
+        ("fit,fit.steps", "false,3", "a column fit and columns fit.* contradict each other"),
+        ("fit.steps,fit", "3,false", "a column fit and columns fit.* contradict each other"),
+        ("frames", "3,4", "more cells than there are columns"),
+    ],
+)
+def test_a_mistake_in_a_table(tmp_path: Path, column: str, value: str, said: str) -> None:
+    (tmp_path / "p.csv").write_text(f"image_0,image_1,{column}\na.png,b.png,{value}\n")
+    with pytest.raises(RecipeError) as error:
         read_recipes(tmp_path / "p.csv")
+    assert said in str(error.value) and "p.csv" in str(error.value)
 
 
 # ---- its files
@@ -332,6 +367,61 @@ def test_a_picture_that_is_missing_or_another_one(place: Path) -> None:
         gather(recipe, [DEMO / "rose.png"] * 3)
     found, _ = gather(recipe, [DEMO / "pear.png", DEMO / "rose.png"])
     assert found.pictures == (str(DEMO / "pear.png"), str(DEMO / "rose.png"))
+
+
+def test_hashes_are_one_for_each_file(place: Path) -> None:
+    recipe = Recipe.read(place / "films/r.toml")
+    pear, tulip = DEMO / "pear.png", DEMO / "tulip.png"
+    with pytest.raises(ConfigError, match="picture_hashes are 1 for 2 files: give one for each, or none"):
+        gather(replace(recipe, pictures=(str(pear), str(tulip)), picture_hashes=recipe.picture_hashes[:1]))
+    with pytest.raises(ConfigError, match="lora_hashes are 1 for 0 files"):
+        gather(replace(recipe, lora_hashes=("1",)), [pear, tulip])
+    with pytest.raises(RecipeError, match=r"tulip.png' is another picture than the 'tulip.png'"):
+        gather(replace(recipe, pictures=()), [pear, tulip])
+
+
+@pytest.mark.parametrize("name", ["~nosuch.png", "x" * 300, "a\0b"])
+def test_names_that_are_no_places(place: Path, name: str) -> None:
+    recipe = Recipe.read(place / "films/r.toml")
+    for key in ("pictures", "loras"):
+        with pytest.raises((RecipeError, ImageError)):
+            gather(
+                replace(recipe, **{"pictures": (str(DEMO / "pear.png"), str(DEMO / "rose.png"))} | {key: (name, name)})
+            )
+    with pytest.raises(ImageError):
+        gather(Recipe(), [name, name])
+    with pytest.raises(RecipeError, match="does not exist"):
+        Recipe.read(name)
+    with pytest.raises(ModelError, match="is not known"):
+        check_model(name)
+    assert bare_name(name) == name
+
+
+def test_a_picture_whose_name_begins_with_a_tilde(place: Path) -> None:
+    shutil.copy(DEMO / "pear.png", "~pear.png")
+    assert gather(Recipe(("~pear.png", str(DEMO / "rose.png"))))[0].pictures[0] == "~pear.png"
+
+
+def test_a_recipe_in_a_folder_that_is_a_link(place: Path) -> None:
+    (place / "deep/er").mkdir(parents=True)
+    (place / "link").symlink_to(place / "deep/er")
+    recipe = Recipe((str(DEMO / "pear.png"), str(DEMO / "rose.png")))
+    gather(Recipe.read(recipe.write(place / "link/r.toml")))
+
+
+def test_a_name_that_is_no_utf8_cannot_be_written_down(place: Path) -> None:
+    with pytest.raises(OutputError, match=r"r.toml' cannot be written \(.*surrogates"):
+        Recipe(("caf\udce9.png", "b.png")).write(place / "r.toml")
+    assert not (place / "r.toml").exists()
+
+
+def test_what_is_changed_is_seen_from_here_and_not_from_the_film(place: Path) -> None:
+    for folder in ("films", "work"):
+        (place / folder / "model").mkdir()
+        (place / folder / "a.safetensors").write_text(folder)
+    recipe = Recipe.read(place / "films/r.toml").changed(model="model", lora=["a.safetensors", "b.safetensors"])
+    assert recipe.model == str(place / "work/model")
+    assert recipe.loras == (str(place / "work/a.safetensors"), "b.safetensors")
 
 
 def test_neighbours_that_are_the_same_picture() -> None:
@@ -378,6 +468,9 @@ def test_lora_files_are_looked_at_too(place: Path) -> None:
     (place / "films/b.safetensors").write_bytes(b"three")
     with pytest.raises(RecipeError, match=r"loras: .*b.safetensors' is another file"):
         gather(replace(recipe, lora_hashes=found.lora_hashes))
+    (place / "work/b.safetensors").write_bytes(b"two")  # the right one, behind another
+    assert gather(replace(recipe, lora_hashes=found.lora_hashes))[0].loras[1] == "b.safetensors"
+    (place / "work/b.safetensors").unlink()
     (place / "films/b.safetensors").unlink()
     with pytest.raises(RecipeError, match=r"loras: 'b.safetensors' is neither beside"):
         gather(recipe)

@@ -27,10 +27,11 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
     if given and recipe.picture_hashes and len(given) != len(recipe.picture_hashes):
         raise RecipeError(f"{len(given)} pictures were given for a recipe of {len(recipe.picture_hashes)}: give each.")
     replace(recipe, pictures=tuple(names)).check()
+    called = recipe.pictures if len(recipe.pictures) == len(names) else names
     files, pictures = [], []
     for i, name in enumerate(names):
-        wanted = recipe.picture_hashes[i] if i < len(recipe.picture_hashes) else None
-        places = [Path(name).expanduser()] if given else _places(recipe, name)
+        wanted = recipe.picture_hashes[i] if recipe.picture_hashes else None
+        places = [Path(os.path.expanduser(name))] if given else _places(recipe, name)
         match, others = None, []
         for place in places:
             picture = load_image(place)
@@ -40,7 +41,7 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
             others.append(place)
         if match is None:
             raise RecipeError(
-                f"pictures: {str(others[0])!r} is another picture than the {Path(recipe.pictures[i]).name!r} that "
+                f"pictures: {str(others[0])!r} is another picture than the {Path(called[i]).name!r} that "
                 f"{recipe.origin or 'the recipe'} was made of: give the right one. (To use another, write the recipe down "
                 "and take picture_hashes out of it.)"
             )
@@ -54,7 +55,7 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
                 f"{files[i]!r} and {files[j]!r} are the same picture, so there is nothing to morph: give two that differ."
             )
     loras = _lora_files(recipe)
-    digests = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in loras]
+    digests = [_digest(file) for file in loras]
     prompts = (recipe.prompts or ("",)) * (1 if len(recipe.prompts) > 1 else len(files))
     found = replace(recipe, prompts=prompts, pictures=tuple(files), picture_hashes=tuple(hashes), model=_model(recipe))
     return replace(found, loras=tuple(loras), lora_hashes=tuple(digests)), pictures
@@ -62,25 +63,31 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
 
 def _lora_files(recipe: Recipe) -> list[str]:
     files = []
-    for i, name in enumerate(recipe.loras):
-        file = _places(recipe, name, "loras")[0]
-        if not file.is_file():
-            raise RecipeError(f"the LoRA {str(file)!r} does not exist or is a folder: check the path.")
-        wanted = recipe.lora_hashes[i] if i < len(recipe.lora_hashes) else None
-        if wanted not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
+    for name, wanted in zip(recipe.loras, recipe.lora_hashes or [None] * len(recipe.loras), strict=True):
+        places = _places(recipe, name, "loras")
+        for file in places:
+            if not os.path.isfile(file):
+                raise RecipeError(f"the LoRA {str(file)!r} does not exist or is a folder: check the path.")
+        match = next((file for file in places if wanted in (None, _digest(file))), None)
+        if match is None:
             raise RecipeError(
-                f"loras: {str(file)!r} is another file than {recipe.origin} was made with: give that one."
+                f"loras: {str(places[0])!r} is another file than {recipe.origin or 'the recipe'} was made with: "
+                "give that one."
             )
-        files.append(str(file))
+        files.append(str(match))
     return files
+
+
+def _digest(file: str | os.PathLike[str]) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def _places(recipe: Recipe, name: str, key: str = "pictures") -> list[Path]:
     """Where a file of that name is: one place at least, which may be empty for a name that was typed."""
-    place = Path(name).expanduser()
+    place = Path(os.path.expanduser(name))
     if recipe.origin is None or place.is_absolute():
         return [place]
-    there = [folder / place for folder in (recipe.origin.parent, Path()) if (folder / place).exists()]
+    there = [folder / place for folder in (recipe.origin.parent, Path()) if os.path.exists(folder / place)]
     if not there:
         hint = f"; give them: morph --from {recipe.origin} {' '.join(recipe.pictures)}" if key == "pictures" else ""
         raise RecipeError(f"{key}: {name!r} is neither beside {recipe.origin} nor in the working folder{hint}.")
@@ -90,4 +97,4 @@ def _places(recipe: Recipe, name: str, key: str = "pictures") -> list[Path]:
 def _model(recipe: Recipe) -> str:
     """A model that lies beside the recipe by that name; else what is written there."""
     beside = None if recipe.origin is None or recipe.model in CATALOG else recipe.origin.parent / recipe.model
-    return str(beside) if beside is not None and beside.exists() else recipe.model
+    return str(beside) if beside is not None and os.path.exists(beside) else recipe.model

@@ -64,7 +64,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in _LISTS:
-            object.__setattr__(self, name, tuple(os.fspath(value) for value in getattr(self, name)))
+            object.__setattr__(self, name, _texts(getattr(self, name)))
         if self.size is not None:
             object.__setattr__(self, "size", check_size(self.size))
         own = CATALOG.get(self.model, ModelSpec(self.model, ""))
@@ -89,6 +89,11 @@ class Recipe:
             raise ConfigError(f"{prompts} prompts were given for {images} images: give one for all, one each, or none.")
         if loras not in (0, images):
             raise ConfigError(f"{loras} LoRA files were given for {images} images: give one for each.")
+        for name, files in (("picture_hashes", images), ("lora_hashes", loras)):
+            if len(getattr(self, name)) not in (0, files):
+                raise ConfigError(
+                    f"{name} are {len(getattr(self, name))} for {files} files: give one for each, or none."
+                )
         stretches_and_gaps(self.frames, images, self.loop)
         self.sample.check_images(images)
 
@@ -99,7 +104,12 @@ class Recipe:
 
         With another model, what was the old one's recommendation becomes the new one's. Presets come before all else.
         """
+        _check_keys(typed, list(BY_NAME), "changed()")
         typed = {name: value for name, value in typed.items() if value is not None and BY_NAME[name].says(value)}
+        for name in {"model", "lora"} & typed.keys() if self.origin else ():  # they are seen from here, not from there
+            places = [typed[name]] if name == "model" else typed[name]
+            seen = [os.path.abspath(each) if each not in CATALOG and os.path.exists(each) else each for each in places]
+            typed[name] = seen[0] if name == "model" else seen
         recipe = self._for_model(typed.pop("model", self.model))
         for name, preset in PRESETS.items():
             if typed.pop(name, False):
@@ -153,7 +163,7 @@ class Recipe:
 
     def write(self, file: str | os.PathLike[str]) -> Path:
         """Write it as TOML; pictures and LoRA files by their places as seen from there. Raises `OutputError`."""
-        folder = Path(file).absolute().parent
+        folder = Path(file).absolute().parent.resolve()
         document = {
             key: {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
             for key, value in self.document().items()
@@ -198,7 +208,8 @@ class Recipe:
                 elif each.sets is not VALUE or value is None:
                     continue
                 reached, said = each.put(reached, value), said | {each.name: value}
-            if replace(reached, **{name: getattr(self, name) for name in _LISTS}) == self:
+            lists = {name: getattr(self, name) for name in _LISTS if name != "loras"}  # which a preset may take away
+            if replace(reached, **lists) == self:
                 ways.append(said)
         return min(ways, key=len, default=None)
 
@@ -206,11 +217,16 @@ class Recipe:
 _LISTS = ("pictures", "prompts", "loras", "picture_hashes", "lora_hashes")
 
 
+def _texts(value: Any) -> tuple[str, ...]:
+    """One text or path is a list of one, not of its letters."""
+    return tuple(map(os.fspath, [value] if isinstance(value, (str, os.PathLike)) else value))
+
+
 def _seen_from(folder: Path, file: str, origin: Path | None) -> str:
-    place = Path(file).expanduser()
-    if origin is not None and not place.exists() and (origin.parent / place).exists():
+    place = Path(os.path.expanduser(file))
+    if origin is not None and not os.path.exists(place):
         place = origin.parent / place
-    return os.path.relpath(place, folder) if place.exists() else str(file)
+    return os.path.relpath(place.parent.resolve() / place.name, folder) if os.path.exists(place) else str(file)
 
 
 def _as_path(name: str) -> str:
@@ -227,7 +243,7 @@ def film_name(names: Sequence[str]) -> str:
 
 def read_recipes(file: str | os.PathLike[str]) -> list[tuple[Recipe, str | None]]:
     """The recipes in a file, each with its output where the file is a batch. Raises `RecipeError`, naming the key."""
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))
     documents = read_document(path)
     if not documents:
         raise RecipeError(f"{str(file)!r} holds no film.")
@@ -261,8 +277,8 @@ def _recipe(document: Mapping[str, Any], where: str, origin: Path) -> Recipe:
         raise RecipeError(
             f"{where}: recipe is {version!r}, of a newer diffmorpher; this one reads up to {VERSION}: update it."
         )
-    for fact in _FACTS:
-        document.pop(fact, None)
+    if "diffmorpher" in document:
+        document = {key: value for key, value in document.items() if key not in _FACTS}
     names = [f.name for f in fields(Recipe) if f.name != "origin"]
     _check_keys(document, names, where)
     if "loras" in document and document.get("fit", True) is not True:
@@ -321,7 +337,7 @@ def _of_text(key: str, value: Any, section: str = "") -> Any:
     """A table's cell as what its setting takes; what it cannot be is left for the checks to name."""
     if isinstance(value, dict):
         return {name: _of_text(name, each, key) for name, each in value.items()}
-    limits = LIMITS[section].get(key)
+    limits = LIMITS.get(section, {}).get(key)
     if not isinstance(value, str) or (limits is None and key != "fit"):
         return value
     if value.lower() in ("true", "false"):

@@ -163,7 +163,7 @@ def _paper(recipe: Any) -> Any:
 
 def _quick(recipe: Any) -> Any:
     sample, schedule = replace(recipe.sample, attention_mode="outer"), replace(recipe.schedule, enabled=False)
-    return replace(recipe, fit=None, loras=(), sample=sample, schedule=schedule)
+    return replace(recipe, fit=None, loras=(), lora_hashes=(), sample=sample, schedule=schedule)
 
 
 #: Settings that go together, by the names of their switches.

@@ -199,7 +199,7 @@ def read_settings(path: PathLike) -> dict[str, object] | None:
         raise ImageError(f"No settings can be read from {str(path)!r} ({error}): check the path.") from error
     try:
         settings = json.loads(text) if text else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # somebody else's comment
     return settings if isinstance(settings, dict) else None
 

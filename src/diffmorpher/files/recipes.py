@@ -30,17 +30,17 @@ def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Films of a batch have an `out`, which may be None.
     Raises `RecipeError` for what holds none.
     """
-    path = Path(file).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(file))
+    if not os.path.exists(path):
         raise RecipeError(f"the recipe {str(file)!r} does not exist: check the path.")
     suffix = path.suffix.lower()
     try:
         if suffix == ".toml" and not path.is_dir():
-            return _films(path, tomllib.loads(path.read_text("utf-8")))
+            return _films(path, tomllib.loads(path.read_text("utf-8-sig")))
         if suffix == ".csv" and not path.is_dir():
             with path.open(newline="", encoding="utf-8-sig") as opened:
-                return [_row(row) for row in csv.DictReader(opened)]
-    except (OSError, ValueError, csv.Error) as error:  # TOMLDecodeError is a ValueError
+                return [_row(row) for row in csv.DictReader(opened) if any(row.values())]
+    except (OSError, ValueError, csv.Error, RecursionError) as error:  # TOMLDecodeError is a ValueError
         raise RecipeError(f"the recipe {str(file)!r} cannot be read: {str(error).rstrip('.')}.") from error
     if not path.is_dir() and suffix not in FORMATS:
         raise RecipeError(
@@ -65,10 +65,9 @@ def write_document(file: str | os.PathLike[str], document: Mapping[str, Any]) ->
     try:
         with replacing(path) as part:
             part.write_text(tomli_w.dumps(document), "utf-8")
-    except OSError as error:
-        raise OutputError(
-            f"the recipe {str(file)!r} cannot be written ({error.strerror}): choose another place."
-        ) from error
+    except (OSError, ValueError) as error:  # names that are no UTF-8
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"the recipe {str(file)!r} cannot be written ({reason}): choose another place.") from error
     return path
 
 
@@ -101,7 +100,10 @@ def _row(row: Mapping[str | None, Any]) -> dict[str, Any]:
             lists[name][int(number)] = text or ""
         elif (text or "").strip():
             section, _, key = column.strip().rpartition(".")
-            (document.setdefault(section, {}) if section else document)[key] = text.strip()
+            place = document.setdefault(section, {}) if section else document
+            if not isinstance(place, dict) or isinstance(place.get(key), dict):
+                raise RecipeError(f"a column {section or key} and columns {section or key}.* contradict each other")
+            place[key] = text.strip()
     for name, key in (("image", "pictures"), ("prompt", "prompts"), ("lora", "loras")):
         values = [text.strip() for _, text in sorted(lists[name].items())]
         while values and not values[-1]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,21 +47,21 @@ CATALOG: dict[str, ModelSpec] = {
 
 def bare_name(model: str) -> str:
     """A model's name as it goes into files that travel: of a folder or a file no more than its own name."""
-    local = model not in CATALOG and Path(model).expanduser().exists()
-    return Path(model).expanduser().resolve().name if local else model
+    place = os.path.expanduser(model)
+    return Path(place).resolve().name if model not in CATALOG and os.path.exists(place) else model
 
 
 def check_model(model: str) -> None:
     """Raise `ModelError` if `model` cannot be a model, without loading anything."""
-    path = Path(model).expanduser()
-    if model in CATALOG or (path.is_dir() and (path / "model_index.json").is_file()):
+    path = Path(os.path.expanduser(model))
+    if model in CATALOG or os.path.isfile(path / "model_index.json"):
         return
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ModelError(f"the folder {model} holds no model_index.json, so it is not a diffusers model.")
     if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
         raise ModelError(f"{model}: pickled checkpoints can run code when they are loaded; use a .safetensors file.")
     if path.suffix == ".safetensors":
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise ModelError(f"the model file {model} does not exist.")
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model) or model.startswith((".", "/", "~")):

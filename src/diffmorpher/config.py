@@ -1,7 +1,7 @@
 """The settings of each stage as frozen dataclasses, with the paper's values as defaults.
 
-Every default and every limit of the project lives here or in `recipe.py`, once; the command line and the page pass on only what
-the user typed. Values are checked on construction and a bad one raises `ConfigError`.
+Every default and every limit of the project lives here or in `settings.py`, once; the command line and the page pass on only
+what the user typed. Values are checked on construction and a bad one raises `ConfigError`.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from diffmorpher import Morpher, Recipe
 from diffmorpher.cli.checks import check_port, parse_auth
 from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError
 from diffmorpher.files.films import read_settings
-from diffmorpher.models.catalog import ASSETS, CATALOG
+from diffmorpher.models.catalog import ASSETS, CATALOG, check_model
 from diffmorpher.recipe import film_name
 from diffmorpher.web.downloads import downloads
 from diffmorpher.web.html import chart, frame, progress, strip
@@ -118,11 +118,20 @@ def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, An
         ({"seed": -1}, "seed"),
         ({"fps": 0}, "fps"),
         ({"preset": "best"}, "preset is 'best'"),
+        ({"preset": ["paper"]}, r"preset is \['paper'\]"),
+        ({"fps": 10**400}, "must be a number"),
+        ({"seed": 10**400}, "must be a number"),
+        ({"model": "x" * 400}, "is not known"),
     ],
 )
 def test_a_bad_setting_is_named(values: dict[str, Any], message: str) -> None:
     with pytest.raises(DiffMorpherError, match=message):
-        chosen(values)
+        check_model(chosen(values).model)
+
+
+def test_a_seed_is_exact_as_text_too() -> None:
+    assert chosen({"seed": str(2**53 + 1)}).seed == chosen({"seed": 2**53 + 1}).seed == 2**53 + 1
+    assert chosen({"seed": "4.0"}).seed == 4
 
 
 @pytest.mark.parametrize(
@@ -131,6 +140,7 @@ def test_a_bad_setting_is_named(values: dict[str, Any], message: str) -> None:
         {},
         {"preset": "paper", "fps": 12.0, "lora_steps": 9},
         {"preset": "preview", "size": "64x96"},
+        {"preset": "paper", "steps": 20, "lora_steps": 23},  # the model's own, but not the preset's
         {"adain": False, "loop": True, "no_lora": True, "seed": 3, "attention_lambda": 0.2, "model": "sd15"},
     ],
 )

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from ..result import MorphResult
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """Those that the user typed."""
-    return {name: value for name, value in options.items() if value is not None}
-
-
 def write(out: Path, frames: Iterable[Image.Image], settings: dict[str, Any]) -> None:
     """Write a film as its frames come."""
     save_made(frames, out, settings)

@@ -1,4 +1,4 @@
-"""The web page of `diffmorpher web`: it is put together and served here; the work is done in `jobs`.
+"""The web page of `diffmorpher web`: it is put together and served here; the work is done in `jobs.py`.
 
 Importing this module needs the extra `web`. The page is built without torch, so that it is there at once.
 """
@@ -198,8 +198,9 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             except UserError as error:
                 text = explain(type(error)(str(error).replace(file, Path(file).name)))
                 return {film_note: gr.update(value=html.note(text, "error"), visible=True)}
-            names = " and ".join(Path(name).name for name in recipe.pictures)
-            text = f"The settings are those of {Path(file).name}. Add its pictures: {names}."
+            text = f"The settings are those of {Path(file).name}."
+            for what, files in (("pictures", recipe.pictures), ("LoRA files", recipe.loras)):
+                text += f" Add its {what}: {' and '.join(Path(name).name for name in files)}." if files else ""
             text += f" The page has no field for {', '.join(missing)}: not taken over." if missing else ""
             texts = [*recipe.prompts, *[""] * MAX_PICTURES][:MAX_PICTURES]
             return {

@@ -33,7 +33,7 @@ def chosen(values: Mapping[str, Any]) -> Recipe:
     for name in NAMES:
         value = values.get(name)
         if name == "preset":
-            if value and value not in PRESETS:
+            if value and value not in [*PRESETS]:  # which need not be hashable
                 raise ConfigError(f"preset is {value!r}, but must be one of {', '.join(PRESETS)}, or empty.")
             typed |= {value: True} if value else {}
         elif value is not None and value != "":
@@ -68,7 +68,7 @@ def fields_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
         missing = [BY_NAME[name].option for name in typed if name not in (*NAMES, *PRESETS)]
     preset = next((name for name in PRESETS if name in typed), "")
     values = {name: shown(BY_NAME[name], _PLAIN) for name in NAMES if name != "preset"} | {"preset": preset}
-    said = {name: shown(BY_NAME[name], recipe) for name in typed if name in NAMES}
+    said = {name: shown(BY_NAME[name], recipe) or BY_NAME[name].get(recipe) for name in typed if name in NAMES}
     return values | said, missing
 
 
@@ -102,12 +102,15 @@ def _read(each: Setting, value: Any) -> Any:
         return str(value).strip()[:400]
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if isinstance(value, bool) or not math.isfinite(number):
-        raise ConfigError(f"{limits.label} is {value!r}, but must be a number.")
+        raise ConfigError(f"{limits.label} is {str(value)[:40]!r}, but must be a number.")
     if limits.kind is float:
         return number
     if number != int(number):
         raise ConfigError(f"{limits.label} is {value!r}, but must be a whole number.")
-    return value if isinstance(value, int) else int(number)
+    try:
+        return int(value)  # exact, unlike a float, also as text
+    except ValueError:
+        return int(number)  # "4.0"

@@ -267,6 +267,19 @@ def test_what_is_wrong_with_a_batch_is_said_before_the_first_film(
     assert out == "" and run.loads == [] and sorted(tmp_path.iterdir()) == before  # type: ignore[attr-defined]
 
 
+def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(run: Run, tmp_path: Path, loaded_mini: Morpher) -> None:
+    def load(recipe: Recipe, typed: object = ()) -> Morpher:
+        if recipe.model == "sd15":
+            raise ModelError("no such model here.")
+        return loaded_mini
+
+    (tmp_path / "batch.toml").write_text(BATCH.replace('out = "one.mp4"', 'out = "one.mp4"\nmodel = "sd15"'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(app, "_load", load)
+        status, _, err = run("morph", "--from", "batch.toml")
+    assert status == 1 and "one.mp4: no such model here." in err and (tmp_path / "two.gif").exists()
+
+
 def test_a_film_that_fails_does_not_stop_the_others(run: Run, tmp_path: Path) -> None:
     (tmp_path / "batch.toml").write_text(
         BATCH.replace('out = "one.mp4"', 'out = "one.mp4"\nfit = {learning_rate = 1e30, steps = 9}')

@@ -54,12 +54,12 @@ def run_batch(
             say(f"{i}/{len(work)} {out} is there already")
             continue
         wanted = (recipe.model, recipe.device, recipe.dtype, recipe.low_memory, recipe.tf32)
-        if morpher is None or wanted != loaded_for:
-            morpher = None  # two may not fit into memory
-            morpher, loaded_for = load(recipe), wanted
         say(f"{i}/{len(work)} {out}")
-        began = time.perf_counter()
         try:
+            if morpher is None or wanted != loaded_for:
+                morpher = None  # two may not fit into memory
+                morpher, loaded_for = load(recipe), wanted
+            began = time.perf_counter()
             with StageBars() as progress:
                 result = morpher.make(*gather(recipe), progress)
             made.append(figures(result, out, save(result, [out], began, began)))

@@ -45,6 +45,8 @@ def test_what_is_not_given_suits_the_model_and_else_is_the_papers() -> None:
         ({"size": (64, 64.0)}, "must be two whole numbers"),
         ({"sample": {"steps": 2}}, "sample is {'steps': 2}, but must be a SampleConfig"),
         ({"fit": 3}, "fit is 3, but must be a FitConfig"),
+        ({"size": 3}, "the size is 3, but must be two whole numbers"),
+        ({"pictures": (1,)}, "a recipe's lists hold texts and paths, not (1,)"),
     ],
 )
 def test_a_value_that_cannot_be_is_named(values: dict[str, Any], said: str) -> None:
@@ -57,6 +59,12 @@ def test_another_model_brings_its_own_recommendation_but_what_was_chosen_stays()
     changed = Recipe().changed(lora_steps=9, guidance=2.0).changed(model="sd15")
     assert changed.fit == FitConfig(steps=9) and changed.sample == SampleConfig(guidance_scale=2.0)
     assert changed.changed(model="mini") == Recipe().changed(lora_steps=9, guidance=2.0)
+
+
+def test_a_switch_goes_both_ways() -> None:
+    film = Recipe(loop=True, sample=replace(Recipe().sample, adain=False), low_memory=True)
+    assert film.changed(loop=False, adain=True, low_memory=False, no_lora=False, paper=False) == Recipe()
+    assert Recipe(("a", "b"), loop=True).changed(loop=False).typed() == {}
 
 
 def test_presets_and_what_is_typed_with_them() -> None:
@@ -120,10 +128,10 @@ def test_the_command_lines_options_and_the_pages_fields_are_those_of_the_table()
     from diffmorpher.web.settings import NAMES
 
     morph = typer.main.get_command(app).commands["morph"]  # type: ignore[attr-defined]
-    options = {option for parameter in morph.params for option in parameter.opts}
+    options = {option for parameter in morph.params for option in (*parameter.opts, *parameter.secondary_opts)}
     assert {each.option for each in SETTINGS} <= options
-    helps = {parameter.opts[-1]: getattr(parameter, "help", "") for parameter in morph.params}
-    assert all(helps[each.option].startswith(each.help) for each in SETTINGS)
+    helps = {parameter.name: getattr(parameter, "help", "") for parameter in morph.params}
+    assert all(helps[each.name].startswith(each.help) for each in SETTINGS)
     assert set(NAMES) - {"preset"} <= set(BY_NAME)
 
 
@@ -244,8 +252,10 @@ def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
         ("model = 3", "model is 3, but must be a text"),
         ("device = 3", "device is 3, but must be a text"),
         ("loras = ['a']\nfit = false", "loras and fit contradict each other"),
-        ("recipe = 99", "recipe is 99, of a newer diffmorpher"),
-        ("recipe = 'x'", "recipe is 'x', of a newer diffmorpher"),
+        ("recipe = 99", "recipe is 99, which is no version that this diffmorpher knows"),
+        ("recipe = 'x'", "recipe is 'x', which is no version"),
+        ("recipe = true", "recipe is True, which is no version"),
+        ("recipe = 0", "recipe is 0, which is no version"),
         ("frames = = 3", "cannot be read"),
         ("film = 3", "begin each film with [[film]]"),
         ("out = 3", "out is 3, but must be a text"),

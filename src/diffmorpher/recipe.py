@@ -100,7 +100,7 @@ class Recipe:
     # ---- changing it
 
     def changed(self, **typed: Any) -> Recipe:
-        """The recipe with other settings, by their names in the table. None changes nothing, nor does a switch left off.
+        """The recipe with other settings, by their names in the table. None changes nothing.
 
         With another model, what was the old one's recommendation becomes the new one's. Presets come before all else.
         """
@@ -187,7 +187,7 @@ class Recipe:
             raise RecipeError("this film's recipe has settings that no option sets: write it with --save-recipe.")
         for name, value in said.items():
             each = BY_NAME[name]
-            words += [each.option] if isinstance(value, bool) else [each.option, each.said(value)]
+            words += [each.flag(value)] if isinstance(value, bool) else [each.option, each.said(value)]
         return shlex.join(words)
 
     def typed(self) -> dict[str, Any] | None:
@@ -218,8 +218,11 @@ _LISTS = ("pictures", "prompts", "loras", "picture_hashes", "lora_hashes")
 
 
 def _texts(value: Any) -> tuple[str, ...]:
-    """One text or path is a list of one, not of its letters."""
-    return tuple(map(os.fspath, [value] if isinstance(value, (str, os.PathLike)) else value))
+    """One text or path is a list of one, not of its letters. Raises `ConfigError`."""
+    try:
+        return tuple(map(os.fspath, [value] if isinstance(value, (str, os.PathLike)) else value))
+    except TypeError as error:
+        raise ConfigError(f"a recipe's lists hold texts and paths, not {value!r}.") from error
 
 
 def _seen_from(folder: Path, file: str, origin: Path | None) -> str:
@@ -273,9 +276,11 @@ def _recipe(document: Mapping[str, Any], where: str, origin: Path) -> Recipe:
             f"{where} was made by diffmorpher {document['diffmorpher']} before films carried their recipe: it cannot be "
             "made again from this file."
         )
-    if version is not None and (not isinstance(version, int) or version > VERSION):
+    if version is not None and (
+        not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= VERSION
+    ):
         raise RecipeError(
-            f"{where}: recipe is {version!r}, of a newer diffmorpher; this one reads up to {VERSION}: update it."
+            f"{where}: recipe is {version!r}, which is no version that this diffmorpher knows (up to {VERSION}): update it."
         )
     if "diffmorpher" in document:
         document = {key: value for key, value in document.items() if key not in _FACTS}

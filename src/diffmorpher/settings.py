@@ -83,12 +83,16 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """ "--loop", or "--no-adain" for what is on."""
-        return f"--{'no-' if self.is_on else ''}{self.name.replace('_', '-')}"
+        """What it goes by: "--loop", or "--no-adain" for what is on."""
+        return self.flag(not self.is_on)
 
     def says(self, value: Any) -> bool:
-        """Whether a value that came from a face changes anything: a switch that was not touched does not."""
-        return value is not False or self.is_on
+        """Whether a value that came from a face changes anything: what sets nothing unless switched on does not."""
+        return value is not False or self.sets is VALUE
+
+    def flag(self, on: bool) -> str:
+        """A switch as it is typed."""
+        return f"--{'' if on else 'no-'}{self.name.replace('_', '-')}"
 
     def get(self, recipe: Any) -> Any:
         section, _, name = self.key.rpartition(".")
@@ -215,7 +219,11 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 def check_size(size: Sequence[int]) -> tuple[int, int]:
     """Two whole numbers, large enough for a picture. Raises `ConfigError`."""
-    if len(size) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in size):
+    if (
+        not isinstance(size, (tuple, list))
+        or len(size) != 2
+        or not all(isinstance(side, int) and not isinstance(side, bool) for side in size)
+    ):
         raise ConfigError(f"the size is {size!r}, but must be two whole numbers, (width, height).")
     width, height = size
     if min(size) < MIN_SIDE:

@@ -99,6 +99,11 @@ def test_further_options_change_it_and_the_output_says_so(run: Run, tmp_path: Pa
     assert Recipe.read("b.gif").changed(frames=3) == Recipe.read("a.mp4").changed(no_lora=True)
     assert run("morph", "--from", "b.gif", "-o", "c.gif")[0] == 0
     assert (tmp_path / "b.gif").read_bytes() == (tmp_path / "c.gif").read_bytes()
+    # What is on can be switched off again.
+    assert run("morph", "--from", "b.gif", "-o", "d.gif", "--loop", "--no-adain", "--ping-pong")[0] == 0
+    off = ("--no-loop", "--adain", "--no-ping-pong")
+    assert run("morph", "--from", "d.gif", "-o", "e.gif", *off)[0] == 0
+    assert (tmp_path / "e.gif").read_bytes() == (tmp_path / "b.gif").read_bytes()
 
 
 def test_a_recipe_is_written_down_with_a_film_or_alone(run: Run, tmp_path: Path) -> None:

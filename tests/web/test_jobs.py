@@ -117,6 +117,9 @@ def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, An
         ({"resize": "squash"}, '"crop" or "pad"'),
         ({"seed": -1}, "seed"),
         ({"fps": 0}, "fps"),
+        ({"fps": 0.5}, "fps is 0.5, but must be at least 1 on this page"),
+        ({"fps": 61}, "at most 60 on this page"),
+        ({"guidance": 16}, "at most 15 on this page"),
         ({"preset": "best"}, "preset is 'best'"),
         ({"preset": ["paper"]}, r"preset is \['paper'\]"),
         ({"fps": 10**400}, "must be a number"),
@@ -326,6 +329,8 @@ def test_what_cannot_work_is_said_before_the_line(studio: Studio, tmp_path: Path
         studio.morph(ann, Recipe(), [ann.pictures[0]] * 2, ["", ""])
     with pytest.raises(DiffMorpherError, match="the model 'minni' is not known; did you mean 'mini'"):
         studio.morph(ann, Recipe(model="minni"), ann.pictures, ["", ""])
+    with pytest.raises(ConfigError, match="LoRA files and a film without LoRA contradict each other"):
+        studio.morph(ann, chosen({"preset": "preview"}), ann.pictures, ["", ""], loras=[tmp_path / "a.safetensors"] * 2)
     public = Studio(tmp_path / "public", {"mini"})
     with pytest.raises(ConfigError, match="'/etc' cannot be chosen here; take one of mini"):
         public.morph(ann, Recipe(model="/etc"), ann.pictures, ["", ""])

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..recipe import Recipe
-from ..settings import BY_NAME, SETTINGS, Setting, parse_size
+from ..settings import BY_NAME, SETTINGS, VALUE, Setting, parse_size
 
 _PLAIN = Recipe()
 
@@ -88,7 +88,8 @@ def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
         @functools.wraps(command)
         def with_typed(**values: Any) -> None:
             chosen = {each: values.pop(each.name) for each in settings}
-            typed = {each.name: _read(each, value) for each, value in chosen.items() if not _untouched(value)}
+            given = {each: value for each, value in chosen.items() if value not in (None, []) and each.says(value)}
+            typed = {each.name: _read(each, value) for each, value in given.items()}
             command(**values, **typed)
 
         with_typed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -113,27 +114,18 @@ def _parameter(each: Setting) -> inspect.Parameter:
     if each.is_model_own:
         paper = each.get(_PLAIN.changed(paper=True))
         shown = f"what suits the model (the paper: {each.said(paper)})"
-    option = _option(
-        each.group,
-        "-p --prompt" if each.name == "prompt" else each.option,
-        each.help,
-        each.metavar,
-        None if each.is_switch else shown,
-    )
-    default_value = False if each.is_switch else None
+    names = "-p --prompt" if each.name == "prompt" else each.option
+    if each.is_switch and each.sets is VALUE:  # both ways, as a film that is made again may have it on
+        kind, names = bool | None, f"{each.flag(True)}/{each.flag(False)}"
+    option = _option(each.group, names, each.help, each.metavar, None if each.is_switch else shown)
+    start = False if kind is bool else None
     return inspect.Parameter(
-        each.name, inspect.Parameter.KEYWORD_ONLY, default=default_value, annotation=Annotated[kind, option]
+        each.name, inspect.Parameter.KEYWORD_ONLY, default=start, annotation=Annotated[kind, option]
     )
-
-
-def _untouched(value: Any) -> bool:
-    return value is None or value is False or value == []
 
 
 def _read(each: Setting, value: Any) -> Any:
     """What was typed as what the setting takes."""
-    if each.is_on:
-        return False  # its option switches it off
     if each.name == "size":
         return parse_size(value)
     if each.name == "batch_size":  # a whole number as an int; `SampleConfig` judges the rest

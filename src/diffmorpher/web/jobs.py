@@ -177,6 +177,12 @@ class Studio:
             self._morpher, self._model = Morpher.from_pretrained(model), model
         return self._morpher
 
+    def check_model(self, model: str) -> None:
+        """Raises `ConfigError` for a model that may not be chosen here, `ModelError` for what is none."""
+        if self._models is not None and model not in self._models:
+            raise ConfigError(f"the model {model!r} cannot be chosen here; take one of {', '.join(self._models)}.")
+        check_model(model)
+
     def warm_up(self, model: str = "mini") -> None:
         """Load the model before anyone waits for it, unless somebody is quicker."""
         self.line.submit(lambda _: self._morpher or self.load(model))
@@ -194,11 +200,9 @@ class Studio:
         path_file: Path | None = None,
     ) -> Job:
         """Put a film into the line; what cannot work is said at once. The result is a `Film`. Raises `UserError`."""
-        if self._models is not None and recipe.model not in self._models:
-            raise ConfigError(
-                f"the model {recipe.model!r} cannot be chosen here; take one of {', '.join(self._models)}."
-            )
-        check_model(recipe.model)
+        self.check_model(recipe.model)
+        if loras and recipe.fit is None:
+            raise ConfigError("LoRA files and a film without LoRA contradict each other: leave one out.")
         images: list[Image.Image] = []
         if path_file is None:
             names = different_names([picture.name for picture in pictures])

@@ -194,7 +194,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             try:
                 recipe = replace(Recipe.read(file), device=None, dtype=None)  # the page's machine decides
                 values, missing = fields_of(recipe)
-                chosen(values)  # what this page allows
+                studio.check_model(chosen(values).model)  # what this page allows
             except UserError as error:
                 text = explain(type(error)(str(error).replace(file, Path(file).name)))
                 return {film_note: gr.update(value=html.note(text, "error"), visible=True)}

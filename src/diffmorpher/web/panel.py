@@ -13,7 +13,7 @@ from ..files.films import FORMATS
 from ..models.catalog import CATALOG, cached_models
 from ..recipe import Recipe
 from ..settings import BY_NAME, PRESETS
-from .settings import MOST, NAMES, shown
+from .settings import LEAST_FPS, MOST, NAMES, shown
 
 
 def models(typed: bool) -> list[tuple[str, str]]:
@@ -30,9 +30,9 @@ def models(typed: bool) -> list[tuple[str, str]]:
 #: (least, most, step) of the settings that have a slider, and the words for the choices of those that have them.
 _SLIDERS = {
     "frames": (2, MOST["frames"], 1),
-    "fps": (1, 60, 1),
+    "fps": (LEAST_FPS, MOST["fps"], 1),
     "attention_lambda": (0, 1, 0.05),
-    "guidance": (1, 15, 0.5),
+    "guidance": (1, MOST["guidance"], 0.5),
 }
 _CHOICES = {"resize": [("Crop", "crop"), ("Pad with white", "pad")]}
 #: The folded sections below the button, and the pairs of fields in them.

@@ -13,7 +13,8 @@ from ..settings import BY_NAME, PRESETS, VALUE, Setting, parse_size
 
 #: What one visitor may ask of a machine that others wait for. The command line has no such limits.
 MAX_PICTURES, MAX_SIDE = 8, 1024
-MOST = {"frames": 240, "steps": 200, "lora_steps": 2000, "lora_rank": 128}
+MOST = {"frames": 240, "fps": 60, "guidance": 15, "steps": 200, "lora_steps": 2000, "lora_rank": 128}
+LEAST_FPS = 1
 MAX_PROMPT = 500  # characters
 
 #: The settings on the page, in its order. "preset" names one of `PRESETS`, or none.
@@ -44,6 +45,8 @@ def chosen(values: Mapping[str, Any]) -> Recipe:
     for name, most in MOST.items():
         _at_most(BY_NAME[name].label, typed.get(name), most)
     _at_most("side of the size", max(recipe.size or (0,)), MAX_SIDE)
+    if recipe.fps < LEAST_FPS:
+        raise ConfigError(f"fps is {recipe.fps:g}, but must be at least {LEAST_FPS} on this page.")
     return recipe
 
 

@@ -46,7 +46,8 @@ From = Annotated[
     _option(
         "Output",
         "--from",
-        "A film made before, to make it again, or changed by further options; a recipe (.toml); or a batch (.toml, .csv).",
+        "A film made before, to make it again, or changed by further options (--no-loop switches off what it has on); a "
+        "recipe (.toml); or a batch (.toml, .csv).",
         "FILE",
     ),
 ]
@@ -76,6 +77,10 @@ MODEL = ("model", "device", "dtype", "low_memory", "tf32")
 FIT = ("lora_steps", "lora_rank", "lora_lr", "size", "resize", *MODEL, "seed")
 
 
+#: Before the name of a switch, for its other way.
+_BACK = "back_"
+
+
 def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options of these settings; it is called with those that were typed, by the settings' names."""
     settings = [BY_NAME[name] for name in names]
@@ -83,13 +88,15 @@ def takes(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
         last = [p for p in own if p.name in ("as_json", "debug")]
-        shown = [*(p for p in own if p not in last), *map(_parameter, settings), *last]
+        both_ways = [each for each in settings if each.is_switch and each.sets is VALUE]
+        shown = [*(p for p in own if p not in last), *map(_parameter, settings), *map(_back, both_ways), *last]
 
         @functools.wraps(command)
         def with_typed(**values: Any) -> None:
             chosen = {each: values.pop(each.name) for each in settings}
-            given = {each: value for each, value in chosen.items() if value not in (None, []) and each.says(value)}
-            typed = {each.name: _read(each, value) for each, value in given.items()}
+            back = [each for each in both_ways if values.pop(_BACK + each.name)]
+            typed = {each.name: _read(each, value) for each, value in chosen.items() if not _untouched(value)}
+            typed |= {each.name: each.is_on for each in back}
             command(**values, **typed)
 
         with_typed.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -115,17 +122,29 @@ def _parameter(each: Setting) -> inspect.Parameter:
         paper = each.get(_PLAIN.changed(paper=True))
         shown = f"what suits the model (the paper: {each.said(paper)})"
     names = "-p --prompt" if each.name == "prompt" else each.option
-    if each.is_switch and each.sets is VALUE:  # both ways, as a film that is made again may have it on
-        kind, names = bool | None, f"{each.flag(True)}/{each.flag(False)}"
     option = _option(each.group, names, each.help, each.metavar, None if each.is_switch else shown)
-    start = False if kind is bool else None
+    start = False if each.is_switch else None
     return inspect.Parameter(
         each.name, inspect.Parameter.KEYWORD_ONLY, default=start, annotation=Annotated[kind, option]
     )
 
 
+def _back(each: Setting) -> inspect.Parameter:
+    """The other way of a switch, "--no-loop" or "--adain", which a film that is made again may need; not in the help."""
+    option = typer.Option(each.flag(each.is_on), hidden=True)
+    return inspect.Parameter(
+        _BACK + each.name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+    )
+
+
+def _untouched(value: Any) -> bool:
+    return value is None or value is False or value == []
+
+
 def _read(each: Setting, value: Any) -> Any:
     """What was typed as what the setting takes."""
+    if each.is_on:
+        return False  # its option switches it off
     if each.name == "size":
         return parse_size(value)
     if each.name == "batch_size":  # a whole number as an int; `SampleConfig` judges the rest

@@ -48,17 +48,25 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
         files.append(str(match[0]))
         pictures.append(match[1])
     hashes = [image_hash(picture) for picture in pictures]
-    for i in range(len(files) if recipe.loop else len(files) - 1):
-        j = (i + 1) % len(files)
-        if hashes[i] == hashes[j]:
-            raise ImageError(
-                f"{files[i]!r} and {files[j]!r} are the same picture, so there is nothing to morph: give two that differ."
-            )
+    if same := same_neighbours(hashes, recipe.loop):
+        one, other = (files[i] for i in same)
+        raise ImageError(
+            f"{one!r} and {other!r} are the same picture, so there is nothing to morph: give two that differ."
+        )
     loras = _lora_files(recipe)
     digests = [_digest(file) for file in loras]
     prompts = (recipe.prompts or ("",)) * (1 if len(recipe.prompts) > 1 else len(files))
     found = replace(recipe, prompts=prompts, pictures=tuple(files), picture_hashes=tuple(hashes), model=_model(recipe))
     return replace(found, loras=tuple(loras), lora_hashes=tuple(digests)), pictures
+
+
+def same_neighbours(hashes: Sequence[str], loop: bool) -> tuple[int, int] | None:
+    """The first two neighbours that are the same picture, by their numbers; in a loop the last and the first are neighbours."""
+    for i in range(len(hashes) if loop else len(hashes) - 1):
+        j = (i + 1) % len(hashes)
+        if hashes[i] == hashes[j]:
+            return i, j
+    return None
 
 
 def _lora_files(recipe: Recipe) -> list[str]:

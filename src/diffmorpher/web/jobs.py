@@ -23,6 +23,7 @@ from ..config import stretches_and_gaps
 from ..errors import ConfigError, DiffMorpherError, ImageError, UserError
 from ..files.films import read_settings
 from ..files.pictures import image_hash, load_image
+from ..gather import same_neighbours
 from ..models.catalog import check_model
 from ..progress import ProgressCallback
 from ..recipe import Recipe, film_name
@@ -215,7 +216,9 @@ class Studio:
             recipe.check()
             images = [load_image(picture.file) for picture in pictures]
             hashes = tuple(image_hash(image) for image in images)
-            _check_neighbours(hashes, [picture.name for picture in pictures], recipe.loop)
+            if same := same_neighbours(hashes, recipe.loop):
+                one, other = (pictures[i].name for i in same)
+                raise ImageError(f"{one!r} and {other!r} are the same picture: give two that differ.")
             recipe = replace(recipe, picture_hashes=hashes)
         for file in (*loras, *([path_file] if path_file else [])):
             _check_bytes(file, MAX_FILE_BYTES)
@@ -325,13 +328,6 @@ def _check_bytes(file: Path, most: int) -> None:
         raise ImageError(
             f"{file.name!r} has {file.stat().st_size / 2**20:.0f} MB: at most {most // 2**20} MB are taken."
         )
-
-
-def _check_neighbours(hashes: Sequence[str], names: Sequence[str], loop: bool) -> None:
-    for i in range(len(hashes) if loop else len(hashes) - 1):
-        j = (i + 1) % len(hashes)
-        if hashes[i] == hashes[j]:
-            raise ImageError(f"{names[i]!r} and {names[j]!r} are the same picture: give two that differ.")
 
 
 def _load_path(file: Path, morpher: Morpher, recipe: Recipe) -> MorphPath:

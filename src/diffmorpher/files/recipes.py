@@ -18,9 +18,6 @@ from ..errors import ImageError, OutputError, RecipeError
 from .atomic import replacing
 from .films import FORMATS, read_settings
 
-#: Tables of a recipe; everything else is a plain key.
-SECTIONS = ("fit", "sample", "schedule")
-
 
 def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The recipes in a file: that of a film (.mp4, .gif, .webp, .png, a folder of frames), that of a .toml, or all of a batch.
@@ -81,11 +78,9 @@ def _films(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _merged(common: Mapping[str, Any], film: Mapping[str, Any]) -> dict[str, Any]:
-    both = {"out": None, **common, **film}
-    for section in SECTIONS:
-        if isinstance(common.get(section), dict) and isinstance(film.get(section), dict):
-            both[section] = common[section] | film[section]
-    return both
+    """The film's keys before the common ones, also within the tables that both have."""
+    tables = [key for key in common if isinstance(common[key], dict) and isinstance(film.get(key), dict)]
+    return {**common, **film} | {key: common[key] | film[key] for key in tables}
 
 
 def _row(row: Mapping[str | None, Any]) -> dict[str, Any]:

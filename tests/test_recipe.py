@@ -309,6 +309,10 @@ def test_a_batch_with_what_is_common_and_a_table(tmp_path: Path) -> None:
     (one, x), (two, y) = read_recipes(tmp_path / "b.toml")
     assert (x, y) == ("x.gif", "y.mp4") and (one.frames, two.frames) == (5, 7)
     assert asdict(two.fit)["rank"] == 2 and asdict(two.fit)["steps"] == 3 and asdict(one.fit)["rank"] == 16  # type: ignore[call-overload]
+    unnamed = '[[film]]\npictures = ["a.png", "b.png"]\n[[film]]\npictures = ["b.png", "c.png"]\n'
+    for text, outs in ((unnamed, ["a-b.mp4", "b-c.mp4"]), (unnamed.rpartition("[[film]]")[0], ["a-b.mp4"])):
+        (tmp_path / "b.toml").write_text(text)
+        assert [out for _, out in read_recipes(tmp_path / "b.toml")] == outs, "not taken for a batch"
     (tmp_path / "p.csv").write_text(
         "category,name,image_0,image_1,image_2,prompt_0,prompt_1,frames,fit.steps,loop,size\n"
         "cats,n,a.png,b.png,,a cat,,9,4,true,64x64\n,,c.png,d.png,e.png,,,,,,\n"

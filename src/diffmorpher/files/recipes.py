@@ -78,9 +78,9 @@ def _films(path: Path, document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _merged(common: Mapping[str, Any], film: Mapping[str, Any]) -> dict[str, Any]:
-    """The film's keys before the common ones, also within the tables that both have."""
+    """The film's keys before the common ones, also within the tables that both have; `out`, if only None, marks a batch."""
     tables = [key for key in common if isinstance(common[key], dict) and isinstance(film.get(key), dict)]
-    return {**common, **film} | {key: common[key] | film[key] for key in tables}
+    return {"out": None, **common, **film} | {key: common[key] | film[key] for key in tables}
 
 
 def _row(row: Mapping[str | None, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def main() -> None:
     side, channels = backbone.network.config.sample_size, backbone.network.config.in_channels
     latents = torch.randn(18, channels, side, side)
     with torch.no_grad():
-        prompt = backbone.encode_prompts(["a cat"])
+        prompt = backbone.encode_prompts(["a cat"])["text"]
 
     times: dict[tuple[str, str], dict[str, list[float]]] = {}
     networks = {}

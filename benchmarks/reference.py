@@ -19,13 +19,13 @@ from torch import Tensor
 
 from diffmorpher import FitConfig, Morpher, SampleConfig
 from diffmorpher.files.pictures import fit_image
-from diffmorpher.method.attention import replaced_steps
 from diffmorpher.method.fit import fit_loras
-from diffmorpher.method.interpolate import Between, lerp, noise_between
+from diffmorpher.method.interpolate import Between, noise_between
 from diffmorpher.method.invert import invert
 from diffmorpher.method.lora import LoraBank
 from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.method.schedule import even_positions, uniform_positions
+from diffmorpher.models.conditioning import Conditioning
 from diffmorpher.path import to_bytes, to_pil
 
 #: Per step and layer, the inputs that an end image's self-attention had.
@@ -45,14 +45,17 @@ def reference_morph(
     backbone, seconds = morpher.backbone, {}
     mean, std, conditioning = morpher._encode([fit_image(i, morpher.working_size()) for i in images], prompts)
     started = time.perf_counter()
-    banks = [fit_loras(backbone, mean[k : k + 1], std[k : k + 1], conditioning[k : k + 1], fit, seed) for k in (0, 1)]
+    banks = [
+        fit_loras(backbone, mean[k : k + 1], std[k : k + 1], conditioning.rows(slice(k, k + 1)), fit, seed)
+        for k in (0, 1)
+    ]
     seconds["fit"] = time.perf_counter() - started
 
     started = time.perf_counter()
     noises = []
     for k, bank in enumerate(banks):
         with backbone.borrowed(), bank.attached(backbone.network):
-            noises.append(invert(backbone, mean[k : k + 1], conditioning[k : k + 1], sample.steps)[-1])
+            noises.append(invert(backbone, mean[k : k + 1], conditioning.rows(slice(k, k + 1)), sample.steps)[-1])
     seconds["invert"] = time.perf_counter() - started
     pair = LoraBank.stack([bank.lora(0) for bank in banks], backbone.network, ["0", "1"], mean.device)
 
@@ -84,7 +87,7 @@ def _sample_one(
     backbone: Any,
     pair: LoraBank,
     noises: Tensor,
-    conditioning: Tensor,
+    conditioning: Conditioning,
     alpha: float,
     sample: SampleConfig,
     ends: Sequence[Stored],
@@ -92,20 +95,20 @@ def _sample_one(
     """One frame's clean latents (1, C, h, w), and what its attention layers were given in the replaced steps."""
     at = Between.images([alpha], 2)
     schedule = backbone.schedule(sample.steps)
-    replaced = replaced_steps(sample.attention_lambda, sample.steps)
     stored: Stored = []
     z = noise_between(noises, at, sample.adain)
-    c = lerp(conditioning[at.left], conditioning[at.right], at.alpha)
+    c = conditioning.lerp(at.left, at.right, at.alpha)
     with backbone.borrowed(), pair.attached(backbone.network):
         pair.set_rows(at.weights(2), sample.lora_blend)
         for i in range(len(schedule)):
             level = len(schedule) - i
-            source = [ends[0][i], ends[1][i]] if len(ends) == 2 and i < replaced else None
+            replaced = schedule.replaces(sample.attention_lambda, level)
+            source = [ends[0][i], ends[1][i]] if len(ends) == 2 and replaced else None
             with _attention(backbone.network, source, alpha) as seen:
-                e = backbone.predict_noise(z, schedule.timesteps[level - 1], c)
-            if len(ends) < 2 and i < replaced:
+                prediction = backbone.predict(z, schedule.levels[level], c)
+            if len(ends) < 2 and replaced:
                 stored.append(seen)
-            z = schedule.move(z, e, level=level, to=level - 1)
+            z = schedule.down(prediction, level)
     return z, stored
 
 

@@ -24,6 +24,7 @@ from .gather import gather
 from .method.fit import fit_loras
 from .method.lora import LoraBank
 from .models.catalog import ModelSpec, bare_name
+from .models.conditioning import Conditioning
 from .models.loading import as_backbone, choose_device, choose_dtype, load_pipeline
 from .path import MorphPath, to_pixels
 from .progress import ProgressCallback, Stopwatch
@@ -188,7 +189,7 @@ class Morpher:
             raise ConfigError(f'fit is {fit!r}, but must be a FitConfig, "recommended", or None for no LoRA.')
         return self.spec.fit
 
-    def _encode(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def _encode(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Conditioning]:
         with torch.no_grad(), self.backbone.borrowed():
             mean, std = self.backbone.encode(to_pixels(pictures))
             return mean, std, self.backbone.encode_prompts(prompts)
@@ -197,7 +198,7 @@ class Morpher:
         self,
         mean: Tensor,
         std: Tensor,
-        conditioning: Tensor,
+        conditioning: Conditioning,
         config: FitConfig,
         seed: int,
         progress: ProgressCallback | None,
@@ -211,7 +212,7 @@ class Morpher:
 
     def working_size(self, size: Sequence[int] | None = None) -> tuple[int, int]:
         """(width, height) in pixels that the model can work at; None takes its own."""
-        factor, smallest = self.backbone.vae_factor, self.backbone.smallest_side
+        factor, smallest = self.backbone.size_multiple, self.backbone.smallest_side
         try:
             width, height = map(index, size or self.spec.size or self.backbone.native_size)
         except (TypeError, ValueError) as error:

@@ -22,6 +22,7 @@ from .method.invert import invert
 from .method.lora import LoraBank
 from .method.sample import sample_between
 from .models.backbone import Backbone
+from .models.conditioning import Conditioning
 from .progress import ProgressCallback
 
 
@@ -50,14 +51,14 @@ def to_pil(pixels: Tensor) -> list[Image.Image]:
 class MorphPath:
     """Fitted LoRAs, inverted noises and text conditioning of K images; cheap to sample at any position.
 
-    latents: (K, C, h, w) clean and scaled; conditioning: (K, L, D); bank: the images' LoRAs, or None for none.
+    latents: (K, C, h, w) clean and scaled; conditioning: K rows; bank: the images' LoRAs, or None for none.
     Positions run over [0, K-1]; in a loop over [0, K], where K is the first image again. sample_config: how frames are
     sampled where nothing else is asked for.
     """
 
     backbone: Backbone
     latents: Tensor
-    conditioning: Tensor
+    conditioning: Conditioning
     bank: LoraBank | None
     prompts: list[str]
     loop: bool = False
@@ -159,7 +160,8 @@ class MorphPath:
 
         Raises `OutputError` if it cannot be written; an older file is then left as it was.
         """
-        tensors = {"latents": self.latents, "conditioning": self.conditioning}
+        tensors = {"latents": self.latents}
+        tensors |= {f"conditioning.{name}": x for name, x in self.conditioning.tensors.items()}
         tensors |= {f"trajectory.{steps}": z for steps, z in self._trajectories.items()}
         if self.bank:
             tensors |= {f"lora.down.{name}": a for name, a in self.bank.down.items()}
@@ -197,7 +199,7 @@ class MorphPath:
             return cls(
                 backbone,
                 tensors["latents"].to(backbone.device),
-                tensors["conditioning"].to(backbone.device),
+                Conditioning(named("conditioning.")),
                 None if loras is None else LoraBank(down, up, loras),
                 header["prompts"],
                 header["loop"],

@@ -102,7 +102,8 @@ def run_alone(path: MorphPath, position: float, config: SampleConfig, stored: di
     left, right = int(at.left), int(at.right)
     is_end = a in (0.0, 1.0)
     image = (left if a == 0 else right) if is_end else None
-    c = (1 - a) * path.conditioning[left] + a * path.conditioning[right]
+    text = path.conditioning["text"]
+    c = (1 - a) * text[left] + a * text[right]
     z = noise_between(path.noises_at(config.steps), at, config.adain)
     schedule = path.backbone.schedule(config.steps)
     features: list[Any] = []
@@ -111,9 +112,10 @@ def run_alone(path: MorphPath, position: float, config: SampleConfig, stored: di
             p.record, p.source = [], None
             if not is_end and i < config.attention_lambda * config.steps:
                 p.source = [stored[left][i][n]], [stored[right][i][n]], a, config.attention_mode
-        eps = unet(z, schedule.timesteps[config.steps - 1 - i], encoder_hidden_states=c[None]).sample
+        level = schedule.levels[config.steps - i]
+        eps = unet(z, level.time, encoder_hidden_states=c[None]).sample
         features.append({n: p.record[0] for n, p in by_name.items() if p.record})
-        z = schedule.move(z, eps, config.steps - i, config.steps - i - 1)
+        z = schedule.down(path.backbone.prediction(eps, z, level), config.steps - i)
     if is_end:
         stored[image] = features
     return z[0]
@@ -214,14 +216,14 @@ def test_images_alone_go_in_chunks_too() -> None:
     path = make_path(images=4)
     config = SampleConfig(steps=STEPS, batch_size=2)
     sizes: list[int] = []
-    predict = path.backbone.predict_noise
+    predict = path.backbone.predict
 
-    def watch(latents: Tensor, *args: Any) -> Tensor:
+    def watch(latents: Tensor, *args: Any) -> Any:
         sizes.append(len(latents))
         return predict(latents, *args)
 
     path.noises_at(STEPS)
-    path.backbone.predict_noise = watch  # type: ignore[method-assign]
+    path.backbone.predict = watch  # type: ignore[method-assign]
     alone = path.sample([0, 1, 2, 3], config, output="latent")
     assert sizes == [2] * STEPS * 2
     assert_close(alone, path.sample([0, 0.5, 1, 1.5, 2, 2.5, 3], config, output="latent")[::2], rtol=1e-4, atol=1e-4)
@@ -232,14 +234,14 @@ def test_guidance_is_the_formula() -> None:
     path = make_path()
     got = path.sample([0.0, 1.0], SampleConfig(steps=STEPS, guidance_scale=3.0, adain=False), output="latent")
     schedule, noises = path.backbone.schedule(STEPS), path.noises_at(STEPS)
-    empty = path.backbone.encode_prompts([""])
+    empty, text = path.backbone.encode_prompts([""])["text"], path.conditioning["text"]
     for k in range(2):
         unet = merged_unet(path, torch.eye(2)[k], "factors")
         z = noises[k : k + 1]
         with torch.no_grad():
             for level in range(STEPS, 0, -1):
-                t = schedule.timesteps[level - 1]
-                free = unet(z, t, encoder_hidden_states=empty).sample
-                eps = free + 3.0 * (unet(z, t, encoder_hidden_states=path.conditioning[k : k + 1]).sample - free)
-                z = schedule.move(z, eps, level, level - 1)
+                at = schedule.levels[level]
+                free = unet(z, at.time, encoder_hidden_states=empty).sample
+                eps = free + 3.0 * (unet(z, at.time, encoder_hidden_states=text[k : k + 1]).sample - free)
+                z = schedule.down(path.backbone.prediction(eps, z, at), level)
         assert_close(got[k : k + 1], z, rtol=1e-4, atol=1e-4)

@@ -14,10 +14,11 @@ from torch.testing import assert_close
 
 from conftest import tiny_pipeline
 from diffmorpher.errors import ConfigError
-from diffmorpher.method.attention import replaced_steps
 from diffmorpher.method.interpolate import Between, adain, lerp, noise_between, slerp
 from diffmorpher.method.invert import invert
 from diffmorpher.method.schedule import even_alphas, even_positions, share_gaps, uniform_positions
+from diffmorpher.models.conditioning import Conditioning
+from diffmorpher.models.levels import Prediction
 from diffmorpher.models.stable_diffusion import StableDiffusion
 
 # ---- slerp and AdaIN (section 5), conditioning (section 6)
@@ -121,7 +122,7 @@ def test_inversion_is_the_formula(prediction_type: str) -> None:
     pipe = tiny_pipeline(prediction_type)
     pipe.unet.double()
     z_0, c = torch.randn(3, 4, 8, 8), torch.randn(3, 5, 32)
-    got = invert(StableDiffusion(pipe), z_0, c, steps=7)
+    got = invert(StableDiffusion(pipe), z_0, Conditioning({"text": c}), steps=7, rule="plain")
     assert got.shape == (8, 3, 4, 8, 8) and torch.equal(got[0], z_0)
 
     scheduler = pipe.scheduler
@@ -148,12 +149,13 @@ def test_sampling_step_is_diffusers_ddim(prediction_type: str) -> None:
     schedule, oracle = backbone.schedule(10), DDIMScheduler.from_config(backbone.pipe.scheduler.config)
     oracle.set_timesteps(10)
     c = torch.randn(2, 5, 32)
+    text = Conditioning({"text": c})
     ours = theirs = torch.randn(2, 4, 8, 8)
     with torch.no_grad():
         for i, t in enumerate(oracle.timesteps):
             level = 10 - i
-            assert schedule.timesteps[level - 1] == int(t)
-            ours = schedule.move(ours, backbone.predict_noise(ours, int(t), c), level, level - 1)
+            assert schedule.levels[level].time == int(t)
+            ours = schedule.down(backbone.predict(ours, schedule.levels[level], text), level)
             theirs = oracle.step(
                 backbone.network(theirs, t, encoder_hidden_states=c).sample, t, theirs, eta=0
             ).prev_sample
@@ -163,8 +165,10 @@ def test_sampling_step_is_diffusers_ddim(prediction_type: str) -> None:
 def test_inversion_and_sampling_undo_each_other_step_by_step() -> None:
     schedule = StableDiffusion(tiny_pipeline()).schedule(50)
     z, eps = torch.randn(2, 1, 4, 8, 8, dtype=torch.float64)
-    for level in range(50):
-        assert_close(schedule.move(schedule.move(z, eps, level, level + 1), eps, level + 1, level), z)
+    for level in range(1, 51):
+        up = schedule.up(z, Prediction(z, eps), level)
+        here = schedule.levels[level]
+        assert_close(schedule.down(Prediction((up - here.s * eps) / here.a, eps), level), z)
 
 
 def test_zero_terminal_snr_stays_finite() -> None:
@@ -173,11 +177,12 @@ def test_zero_terminal_snr_stays_finite() -> None:
         pipe.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )
     backbone = StableDiffusion(pipe)
-    schedule, z, c = backbone.schedule(5), torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
-    assert schedule.timesteps[-1] == 999
+    schedule, z = backbone.schedule(5), torch.randn(1, 4, 8, 8)
+    c = Conditioning({"text": torch.randn(1, 5, 32)})
+    assert schedule.levels[-1].time == 999
     with torch.no_grad():
         for level in range(5, 0, -1):
-            z = schedule.move(z, backbone.predict_noise(z, schedule.timesteps[level - 1], c), level, level - 1)
+            z = schedule.down(backbone.predict(z, schedule.levels[level], c), level)
     assert torch.isfinite(z).all()
 
 
@@ -186,7 +191,9 @@ def test_zero_terminal_snr_stays_finite() -> None:
     [(0.6, 50, 30), (0, 50, 0), (1, 50, 50), (0.28, 25, 7), (0.5, 5, 3), (0.6, 20, 12), (0.01, 50, 1), (0.07, 100, 7)],
 )
 def test_replaced_steps_are_exact(attention_lambda: float, steps: int, expected: int) -> None:
-    assert replaced_steps(attention_lambda, steps) == expected
+    schedule = StableDiffusion(tiny_pipeline()).schedule(steps)
+    replaced = [schedule.replaces(attention_lambda, level) for level in range(steps, 0, -1)]
+    assert replaced == [True] * expected + [False] * (steps - expected)
 
 
 # ---- rescheduling (section 8)

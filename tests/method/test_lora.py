@@ -15,7 +15,8 @@ from conftest import tiny_pipeline
 from diffmorpher import Cancelled, FitConfig, Lora, Morpher, SampleConfig
 from diffmorpher.errors import LoraError
 from diffmorpher.method.fit import _timesteps, fit_loras
-from diffmorpher.method.lora import LoraBank, attention_projections
+from diffmorpher.method.lora import LoraBank
+from diffmorpher.models.conditioning import Conditioning
 from diffmorpher.models.stable_diffusion import StableDiffusion
 
 
@@ -126,7 +127,7 @@ def test_files_made_elsewhere_may_reach_1x1_convolutions() -> None:
 
 
 def test_all_loras_start_from_one_draw_that_is_named() -> None:
-    layers = attention_projections(tiny_pipeline().unet)
+    layers = StableDiffusion(tiny_pipeline()).projections()
     bank = LoraBank.create(layers, 3, rank=16, seed=5)
     assert set(bank.down) == set(layers) and all(n.rsplit(".to_", 1)[0].endswith(("attn1", "attn2")) for n in layers)
     assert {n.rsplit(".to_", 1)[1] for n in layers} == {"q", "k", "v", "out.0"}
@@ -141,10 +142,10 @@ def test_all_loras_start_from_one_draw_that_is_named() -> None:
 # ---- fitting (section 2)
 
 
-def posterior(images: int) -> tuple[Tensor, Tensor, Tensor]:
+def posterior(images: int) -> tuple[Tensor, Tensor, Conditioning]:
     generator = torch.Generator().manual_seed(3)
     mean = torch.randn(images, 4, 8, 8, generator=generator)
-    return mean, torch.full_like(mean, 0.1), torch.randn(images, 6, 32, generator=generator)
+    return mean, torch.full_like(mean, 0.1), Conditioning({"text": torch.randn(images, 6, 32, generator=generator)})
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_fitting_together_is_fitting_alone(prediction_type: str, draws: int, dec
 
     for k in range(2):
         unet = copy.deepcopy(backbone.network).requires_grad_(False)
-        layers = attention_projections(unet)
+        layers = {n: unet.get_submodule(n) for n in backbone.projections()}
         start = LoraBank.create(layers, 1, 3, seed=7)
         down = {n: start.down[n][0].clone().requires_grad_() for n in layers}
         up = {n: start.up[n][0].clone().requires_grad_() for n in layers}
@@ -178,7 +179,7 @@ def test_fitting_together_is_fitting_alone(prediction_type: str, draws: int, dec
                 z = abar[t].sqrt() * x_0 + (1 - abar[t]).sqrt() * eps
                 target = eps if prediction_type == "epsilon" else abar[t].sqrt() * eps - (1 - abar[t]).sqrt() * x_0
                 output = torch.func.functional_call(
-                    unet, weights, (z, t), {"encoder_hidden_states": conditioning[k : k + 1]}
+                    unet, weights, (z, t), {"encoder_hidden_states": conditioning["text"][k : k + 1]}
                 ).sample
                 (torch.nn.functional.mse_loss(output, target) / draws).backward(retain_graph=True)
             if decay:
@@ -203,13 +204,13 @@ def test_fit_lowers_the_loss_and_counts_three_rows_for_one() -> None:
     bank = fit_loras(backbone, mean, std, conditioning, FitConfig(rank=4, steps=60, learning_rate=1e-2))
     assert backbone.unet_rows == 60 * 2 * 3
     assert all(b.any() for b in bank.up.values())
-    eps, t = torch.randn(8, 1, 4, 8, 8), torch.linspace(50, 950, 8).long().tolist()
+    eps, t = torch.randn(8, 1, 4, 8, 8), torch.linspace(50, 950, 8).long()
 
     def loss() -> float:
         with torch.no_grad():
-            draws = [backbone.add_noise(mean, e.expand_as(mean), s) for e, s in zip(eps, t, strict=True)]
+            draws = [backbone.noised(mean, e.expand_as(mean), s[None]) for e, s in zip(eps, t, strict=True)]
             return sum(
-                (backbone.predict(z, s, conditioning) - e).square().mean().item()
+                (backbone.predict(z, backbone.level(s[None]), conditioning).noise - e).square().mean().item()
                 for z, e, s in zip(draws, eps, t, strict=True)
             )
 
@@ -223,8 +224,8 @@ def test_same_seed_same_lora_whatever_it_is_fitted_with() -> None:
     mean, std, conditioning = posterior(3)
     config = FitConfig(rank=2, steps=3)
     three = fit_loras(backbone, mean, std, conditioning, config, seed=1).lora(1)
-    alone = fit_loras(backbone, mean[1:2], std[1:2], conditioning[1:2], config, seed=1).lora(0)
-    other = fit_loras(backbone, mean[1:2], std[1:2], conditioning[1:2], config, seed=2).lora(0)
+    alone = fit_loras(backbone, mean[1:2], std[1:2], conditioning.rows(slice(1, 2)), config, seed=1).lora(0)
+    other = fit_loras(backbone, mean[1:2], std[1:2], conditioning.rows(slice(1, 2)), config, seed=2).lora(0)
     name = next(iter(three.up))
     assert (three.up[name] - alone.up[name]).norm() < 5e-3 * alone.up[name].norm()
     assert (other.up[name] - alone.up[name]).norm() > 0.1 * alone.up[name].norm()

@@ -19,6 +19,7 @@ from diffmorpher import FitConfig, Morpher, SampleConfig
 from diffmorpher.errors import ConfigError, ModelError
 from diffmorpher.models.catalog import CATALOG, check_model
 from diffmorpher.models.loading import choose_device, choose_dtype
+from diffmorpher.models.conditioning import Conditioning
 from diffmorpher.models.stable_diffusion import StableDiffusion
 
 PICTURES = [Image.effect_noise((40, 32), s).convert("RGB") for s in (20, 90)]
@@ -39,8 +40,7 @@ def test_a_checkpoint_that_ships_pndm_is_sampled_with_ddim() -> None:
     pipe = tiny_pipeline()
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     with_pndm, with_ddim = Morpher(pipe).backbone.schedule(10), StableDiffusion(tiny_pipeline()).schedule(10)
-    assert with_pndm.timesteps == with_ddim.timesteps
-    assert_close(with_pndm.a, with_ddim.a)
+    assert with_pndm.levels == with_ddim.levels
     assert isinstance(pipe.scheduler, PNDMScheduler)
 
 
@@ -54,10 +54,12 @@ def test_a_single_safetensors_file_in_the_original_layout_is_the_same_model(tmp_
     for weights in (tmp_path / "model").glob("*/*.safetensors"):
         weights.unlink()  # only the configuration may come from there
     loaded = Morpher.from_pretrained(str(file), device="cpu")
-    z, c = torch.randn(1, 4, 8, 8), torch.randn(1, 6, 32)
+    z, c = torch.randn(1, 4, 8, 8), Conditioning({"text": torch.randn(1, 6, 32)})
+    ours, own = loaded.backbone, StableDiffusion(pipe)
+    level = own.schedule(5).levels[3]
     with torch.no_grad():
-        assert_close(loaded.backbone.predict_noise(z, 500, c), StableDiffusion(pipe).predict_noise(z, 500, c))
-        assert_close(loaded.backbone.encode_prompts(["a cat"]), StableDiffusion(pipe).encode_prompts(["a cat"]))
+        assert_close(ours.predict(z, level, c).noise, own.predict(z, level, c).noise)
+        assert_close(ours.encode_prompts(["a cat"])["text"], own.encode_prompts(["a cat"])["text"])
         assert_close(loaded.backbone.decode(z), StableDiffusion(pipe).decode(z))
 
 
@@ -152,14 +154,14 @@ def test_prompts_are_encoded_as_the_pipeline_does_and_cut_with_a_warning() -> No
     pipe = tiny_pipeline()
     backbone = StableDiffusion(pipe)
     with torch.no_grad():
-        got = backbone.encode_prompts(["a red apple", ""])
+        got = backbone.encode_prompts(["a red apple", ""])["text"]
         want = pipe.encode_prompt(["a red apple", ""], "cpu", 1, False)[0]
         assert_close(got, want)
         text = " ".join(["apple"] * 40)
         count = len(pipe.tokenizer(text).input_ids)
         assert count >= 42  # start, end, and a token or more for each word
         with pytest.warns(UserWarning, match=f"has {count} tokens; the model reads the first 24"):
-            long = backbone.encode_prompts([text])
+            long = backbone.encode_prompts([text])["text"]
     assert long.shape == (1, 24, 32)
 
 
@@ -246,16 +248,17 @@ def test_signatures_tell_models_apart_in_any_dtype() -> None:
 def test_the_schedule_does_not_move_to_the_samples_device() -> None:
     """Diffusers' scheduler carries its table to the device of what it noises; then a later schedule would mix devices."""
     backbone = StableDiffusion(tiny_pipeline("v_prediction"))
-    z = torch.zeros(1, 4, 8, 8, device="meta")
-    backbone.add_noise(z, z, 5)
-    backbone.training_target(z, z, 5)
-    assert backbone.schedule(5).a.device.type == "cpu"
+    before = backbone.schedule(5).levels
+    z, t = torch.zeros(1, 4, 8, 8), torch.tensor([5])
+    backbone.noised(z, z, t)
+    backbone.training_target(z, z, t)
+    assert backbone._abar.device.type == "cpu" and backbone.schedule(5).levels == before
 
 
 @pytest.mark.parametrize("steps", [1, 2, 999, 1000])
 def test_extreme_step_counts_have_a_schedule(steps: int) -> None:
     schedule = StableDiffusion(tiny_pipeline()).schedule(steps)
-    assert len(schedule) == steps == len(schedule.a) - 1 and max(schedule.timesteps) <= 999
+    assert len(schedule) == steps == len(schedule.levels) - 1 and max(level.time for level in schedule.levels) <= 999
 
 
 def test_a_single_sd2_file_needs_its_configuration(tmp_path: Path) -> None:

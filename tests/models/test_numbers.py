@@ -25,6 +25,7 @@ from diffmorpher.method.lora import LoraBank
 from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.models.backbone import Backbone
 from diffmorpher.models.group_norm import exact_group_norm, group_norm
+from diffmorpher.models.conditioning import Conditioning
 from diffmorpher.models.stable_diffusion import StableDiffusion
 from diffmorpher.path import to_pixels
 
@@ -186,7 +187,8 @@ def run(backbone: Backbone, same: Callable[[Tensor], Tensor] = lambda x: x) -> d
     pixels, latents, conditioning = (same(x) for x in inputs())
     with torch.no_grad(), backbone.borrowed():
         mean, std = backbone.encode(pixels)
-        step = backbone.predict(latents, 500, conditioning)
+        text = Conditioning({"text": conditioning})
+        step = backbone.output(latents, backbone.level(torch.tensor([500, 500])), text)
         return {"mean": mean, "std": std, "decoded": backbone.decode(latents), "step": step}
 
 
@@ -212,7 +214,13 @@ def fit_step(backbone: Backbone, same: Callable[[Tensor], Tensor] = lambda x: x)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", Recorded)
         patch.setattr(LoraBank, "create", create)
-        fit_loras(backbone, latents, same(inputs()[1].abs()), conditioning, FitConfig(rank=2, steps=1, draws=2))
+        fit_loras(
+            backbone,
+            latents,
+            same(inputs()[1].abs()),
+            Conditioning({"text": conditioning}),
+            FitConfig(rank=2, steps=1, draws=2),
+        )
     return gradients
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..method.attention import project, project_out, self_attention
-from ..method.interpolate import Between, lerp, slerp
+from ..method.interpolate import Between, slerp
 from ..models.backbone import Backbone
+from ..models.conditioning import Conditioning
 from ..path import to_pixels
 from ..progress import ProgressCallback
 
@@ -93,17 +94,17 @@ def freemorph(
     where = Between.images([0.0, 1.0, *((j + 1) / (count - 1) for j in range(frames))], 2)
     with backbone.borrowed():
         ends, _ = backbone.encode(pixels)
-        text = backbone.encode_prompts([*prompts, ""])
+        text = backbone.encode_prompts([*prompts, ""])  # together: of one length
         rows = where.on(ends.device)
         z = slerp(ends[rows.left], ends[rows.right], where.alpha)  # equation 4; rows: left, right, frames
-        c, free = lerp(text[rows.left], text[rows.right], rows.alpha), text[2:].expand(count, -1, -1)
+        c, free = text.lerp(rows.left, rows.right, rows.alpha), text.rows(slice(2, None)).expand(count)
         trend, average = towards_ends(rows.alpha[2:]), towards_all(frames, ends.device)
         aggregation = towards_ends(torch.full_like(rows.alpha[2:], 0.5))
         schedule = backbone.schedule(steps)
         for i, attention in enumerate(_windows(backbone, steps, FORWARD, (None, average, trend))):
             with attention:
-                eps = backbone.predict_noise(z, schedule.timesteps[i], c)
-            z = schedule.move(z, eps, level=i, to=i + 1)
+                prediction = backbone.predict(z, schedule.levels[i + 1], c)
+            z = schedule.up(z, prediction, i + 1)
             _report(progress, "invert", i + 1, steps)
         z = torch.cat([z[:2], inject_noise(z[2:], seed)])
         back: list[GuidedAttention | None] = [trend, aggregation, None]
@@ -111,14 +112,13 @@ def freemorph(
             back = [attention and doubled(attention) for attention in back]
         for i, attention in enumerate(_windows(backbone, steps, REVERSE, back)):
             level = steps - i
-            t = schedule.timesteps[level - 1]
             with attention:
                 if guidance == 1:
-                    eps = backbone.predict_noise(z, t, c)
+                    prediction = backbone.predict(z, schedule.levels[level], c)
                 else:
-                    without, eps = backbone.predict_noise(z.repeat(2, 1, 1, 1), t, torch.cat([free, c])).chunk(2)
-                    eps = without + guidance * (eps - without)
-            z = schedule.move(z, eps, level=level, to=level - 1)
+                    both = backbone.predict(z.repeat(2, 1, 1, 1), schedule.levels[level], Conditioning.cat([free, c]))
+                    prediction = both.guided(guidance)
+            z = schedule.down(prediction, level)
             _report(progress, "sample", i + 1, steps)
         decoded = [backbone.decode(frame[None]).cpu() for frame in z[2:]]
     return torch.cat([pixels[:1], *decoded, pixels[1:]]), [0.0, *where.alpha[2:].tolist(), 1.0]

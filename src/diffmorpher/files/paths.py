@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import OutputError, PathFileError
 from .atomic import replacing
 
-VERSION = "2"
+VERSION = "3"
 _KEY = "diffmorpher.path"
 
 
@@ -45,7 +45,9 @@ def read_path(file: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, T
         raise PathFileError(f"the path file {source} does not exist.") from error
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise not_a_path(source) from error
-    if version != VERSION:
+    if version == "2" and "conditioning" in tensors:  # text was all that a network could be told
+        tensors["conditioning.text"] = tensors.pop("conditioning")
+    elif version != VERSION:
         raise PathFileError(
             f"{source} was written by another version of diffmorpher (format {version}); make it again."
         )

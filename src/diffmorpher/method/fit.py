@@ -7,22 +7,23 @@ from torch import Tensor
 
 from ..config import FitConfig
 from ..models.backbone import Backbone
+from ..models.conditioning import Conditioning
 from ..progress import ProgressCallback
-from .lora import LoraBank, attention_projections
+from .lora import LoraBank
 
 
 def fit_loras(
     backbone: Backbone,
     mean: Tensor,
     std: Tensor,
-    conditioning: Tensor,
+    conditioning: Conditioning,
     config: FitConfig,
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> LoraBank:
     """Train a bank on K images together: LoRA k learns from image k's rows of each batch alone.
 
-    mean, std: (K, C, h, w), the scaled VAE posterior of each image; conditioning: (K, L, D).
+    mean, std: (K, C, h, w), the scaled VAE posterior of each image; conditioning: K rows.
     Each step makes `config.draws` draws of a timestep, a noise and a posterior sample, the same for every image: so an
     image's LoRA does not depend on which other images it is fitted with, and the same one comes from `diffmorpher fit`. In
     low memory the images therefore take turns, each fitted to its end.
@@ -34,8 +35,9 @@ def fit_loras(
     device = mean.device
     with backbone.trained():
         # Inference tensors cannot be trained on, their copies can. Rows: image 0's draws, then image 1's, ...
-        mean, std, conditioning = (x.repeat_interleave(config.draws, 0) for x in (mean, std, conditioning))
-        bank = LoraBank.create(attention_projections(backbone.network), images, config.rank, seed, device)
+        mean, std = (x.repeat_interleave(config.draws, 0) for x in (mean, std))
+        conditioning = conditioning.repeat(config.draws)
+        bank = LoraBank.create(backbone.projections(), images, config.rank, seed, device)
         parameters = [p.requires_grad_() for p in bank.parameters()]
         # In float16 small gradients would vanish. AdamW does not see a scale that its eps shares.
         scale = 1024.0 if backbone.network.dtype == torch.float16 else 1.0
@@ -55,7 +57,7 @@ def fit_loras(
                 noise = torch.randn(2, config.draws, *mean.shape[1:], generator=generator).to(device)
                 eps, draw = noise.repeat(1, images, 1, 1, 1)
                 x_0 = mean + std * draw
-                output = backbone.predict(backbone.add_noise(x_0, eps, t), t, conditioning)
+                output = backbone.output(backbone.noised(x_0, eps, t), backbone.level(t), conditioning)
                 target = backbone.training_target(x_0, eps, t)
                 # Mean over each image's draws, summed over images: every LoRA gets the gradient it would get alone.
                 loss = (output - target).square().unflatten(0, (images, -1)).flatten(1).mean(1).sum()
@@ -74,7 +76,7 @@ def _fit_in_turn(
     backbone: Backbone,
     mean: Tensor,
     std: Tensor,
-    conditioning: Tensor,
+    conditioning: Conditioning,
     config: FitConfig,
     seed: int,
     progress: ProgressCallback | None,
@@ -88,7 +90,7 @@ def _fit_in_turn(
                 progress(stage, k * total + done, images * total)
 
         one = slice(k, k + 1)
-        loras.append(fit_loras(backbone, mean[one], std[one], conditioning[one], config, seed, report).lora(0))
+        loras.append(fit_loras(backbone, mean[one], std[one], conditioning.rows(one), config, seed, report).lora(0))
     return LoraBank.stack(loras, backbone.network, [f"LoRA {k}" for k in range(images)], mean.device)
 
 

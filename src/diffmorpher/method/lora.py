@@ -1,4 +1,4 @@
-"""A bank of LoRAs, one per image, that adds to a U-Net's attention projections row by row (method, sections 2 and 3)."""
+"""A bank of LoRAs, one per image, that adds to a network's linear layers row by row (method, sections 2 and 3)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,6 @@ from torch import Tensor, nn
 
 from ..errors import LoraError
 from ..files.loras import Lora
-
-PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-def attention_projections(unet: nn.Module) -> dict[str, nn.Linear]:
-    """The projections of every attention layer of the U-Net, self and cross, by module path."""
-    return {
-        f"{name}.{projection}": module.get_submodule(projection)
-        for name, module in unet.named_modules()
-        if name.endswith((".attn1", ".attn2"))
-        for projection in PROJECTIONS
-    }
 
 
 class LoraBank:
@@ -57,20 +45,20 @@ class LoraBank:
 
     @classmethod
     def stack(
-        cls, loras: Sequence[Lora], unet: nn.Module, names: Sequence[str], device: torch.device | str = "cpu"
+        cls, loras: Sequence[Lora], network: nn.Module, names: Sequence[str], device: torch.device | str = "cpu"
     ) -> LoraBank:
         """A bank from LoRAs made earlier; smaller ranks and missing layers are filled with zeros, which changes nothing.
 
-        names: what to call each LoRA in an error, its file say. Raises `LoraError` if one does not fit the U-Net.
+        names: what to call each LoRA in an error, its file say. Raises `LoraError` if one does not fit the network.
         """
-        linears = _linear_layers(unet)
+        linears = _linear_layers(network)
         for lora, name in zip(loras, names, strict=True):
             _check_fits(lora, linears, name)
         layers = [name for name in linears if any(name in lora.down for lora in loras)]
         down, up = {}, {}
         for layer in layers:
             rank = max(lora.down[layer].shape[0] for lora in loras if layer in lora.down)
-            out_features, in_features = linears[layer].weight.shape[:2]
+            in_features, out_features = _features(linears[layer])
             down[layer] = torch.zeros(len(loras), rank, in_features, device=device)
             up[layer] = torch.zeros(len(loras), out_features, rank, device=device)
             for k, lora in enumerate(loras):
@@ -123,13 +111,13 @@ class LoraBank:
                 self._rows[name] = down[k_2].flatten(1, 2), scaled.transpose(1, 2).flatten(2)
 
     @contextmanager
-    def attached(self, unet: nn.Module) -> Iterator[LoraBank]:
-        """While open, the bank's layers of `unet` add their LoRA; until `set_rows` part k of a batch's K parts uses LoRA k."""
+    def attached(self, network: nn.Module) -> Iterator[LoraBank]:
+        """While open, the bank's layers of `network` add their LoRA; until `set_rows` part k of a batch's K parts uses LoRA k."""
         self._rows = None
         handles = []
         try:
             for name in self.down:
-                handles.append(unet.get_submodule(name).register_forward_hook(self._hook(name)))
+                handles.append(network.get_submodule(name).register_forward_hook(self._hook(name)))
             yield self
         finally:
             for handle in handles:
@@ -150,13 +138,22 @@ class LoraBank:
         return add_lora
 
 
-def _linear_layers(unet: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+def _linear_layers(network: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers a LoRA may add to, by module path: linear ones, and 1 x 1 convolutions, which are linear per pixel."""
     return {
         name: module
-        for name, module in unet.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1))
     }
+
+
+def _features(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
+    """In and out. Not by the weight's shape: a quantised layer's is packed."""
+    return (
+        (layer.in_channels, layer.out_channels)
+        if isinstance(layer, nn.Conv2d)
+        else (layer.in_features, layer.out_features)
+    )
 
 
 def _check_fits(lora: Lora, linears: dict[str, nn.Linear | nn.Conv2d], name: str) -> None:
@@ -165,7 +162,7 @@ def _check_fits(lora: Lora, linears: dict[str, nn.Linear | nn.Conv2d], name: str
         if linear is None:
             raise LoraError(f"{name}: the LoRA is for another model (this one has no linear layer {layer}).")
         up = lora.up[layer]
-        out_features, in_features = linear.weight.shape[:2]
+        in_features, out_features = _features(linear)
         if (up.shape[0], down.shape[1]) != (out_features, in_features):
             raise LoraError(
                 f"{name}: the LoRA is for another model (its {layer} maps {down.shape[1]} to {up.shape[0]} features, "

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from ..config import SampleConfig
 from ..models.backbone import Backbone
+from ..models.conditioning import Conditioning
 from ..progress import ProgressCallback
 from .denoise import denoise
-from .interpolate import Between, lerp, noise_between
+from .interpolate import Between, noise_between
 from .lora import LoraBank
 
 
@@ -20,7 +21,7 @@ def sample_between(
     backbone: Backbone,
     bank: LoraBank | None,
     trajectory: Tensor,
-    conditioning: Tensor,
+    conditioning: Conditioning,
     where: Between,
     config: SampleConfig,
     size: int,
@@ -30,7 +31,7 @@ def sample_between(
     """The clean latents of the frames that lie at `where` between K images: (n, C, h, w) float32, in the order of `where`.
 
     bank: the images' LoRAs, attached by the caller; None for none. trajectory: (T + 1, K, C, h, w), the inversion's latents,
-    the noises last; conditioning: (K, L, D). size: frames in a batch, end images not counted; frames do not depend on it.
+    the noises last; conditioning: K rows. size: frames in a batch, end images not counted; frames do not depend on it.
     """
     noises, num_images = trajectory[-1], trajectory.shape[1]
     parts = batches(where, size)
@@ -43,18 +44,18 @@ def sample_between(
             progress("sample", done, total)
 
     result = noises.new_empty(len(where.alpha), *noises.shape[1:])
-    unconditional = backbone.encode_prompts([""]) if config.guidance_scale != 1 else None
+    guided = config.guidance_scale != 1 and not backbone.embeds_guidance
+    unconditional = backbone.encode_prompts([""], conditioning.length) if guided else None
     for batch in parts:
         at = Between.images(batch.positions, num_images, loop)
         if bank:
             fixed = [config.fix_lora] * len(batch.positions) if config.fix_lora is not None else batch.positions
             weights = Between.images(fixed, num_images, loop).weights(num_images)
-            bank.set_rows(weights.repeat(2, 1) if unconditional is not None else weights, config.lora_blend)
-        left, right = at.left.to(noises.device), at.right.to(noises.device)
+            bank.set_rows(weights.repeat(2, 1) if guided else weights, config.lora_blend)
         latents = denoise(
             backbone,
             noise_between(noises, at, config.adain),
-            lerp(conditioning[left], conditioning[right], at.alpha),
+            conditioning.lerp(at.left, at.right, at.alpha),
             batch.rows,
             config,
             unconditional,

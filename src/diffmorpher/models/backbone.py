@@ -1,7 +1,7 @@
-"""What the method asks of a diffusion model: pictures and prompts in, noise predictions, pictures out.
+"""What the method asks of a diffusion model: pictures and prompts in, predictions of picture and noise, pictures out.
 
-The method sees a model through `Backbone` alone, and its noise schedule as pairs `(a_t, s_t)` with `z_t = a_t x_0 + s_t eps`;
-whether the network itself predicts noise or velocity, and what it is called in a pipeline, stays in the family's own file.
+The method sees a model through `Backbone` alone. Whatever the network itself predicts, how its latents are packed, what it is
+told beside the text and what it is called in a pipeline stay in the family's own file.
 """
 
 from __future__ import annotations
@@ -10,33 +10,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .conditioning import Conditioning
 from .group_norm import exact_group_norm
+from .levels import Level, NoiseSchedule, Prediction
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """T timesteps and the T + 1 noise levels they move between.
+class AttentionSite:
+    """A linear layer that makes keys and values of the image's own rows, to be mixed from the two end images.
 
-    Level 0 is the clean end (`final_alpha_cumprod`), level i + 1 that of `timesteps[i]`. The prediction at `timesteps[i]`
-    moves a latent from level i to i + 1 (inversion) or from i + 1 to i (sampling): the same solver both ways.
+    rows: where the image lies in the layer's sequence: all of it, or its first or last rows beside text. columns: which of the
+    layer's outputs are keys and values, (from, to); None means all.
     """
 
-    timesteps: tuple[int, ...]  # T, ascending
-    a: Tensor  # (T + 1,) float64, sqrt(abar)
-    s: Tensor  # (T + 1,) float64, sqrt(1 - abar)
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def move(self, z: Tensor, eps: Tensor, level: int, to: int) -> Tensor:
-        """DDIM with eta 0: `x_0 = (z - s e) / a`, then `a' x_0 + s' e` (method, sections 4 and 7)."""
-        a, s, a_to, s_to = (float(x) for x in (self.a[level], self.s[level], self.a[to], self.s[to]))
-        return a_to * ((z - s * eps) / a) + s_to * eps
+    layer: str  # module path inside the network
+    rows: Literal["all", "first", "last"] = "all"
+    columns: tuple[int, int] | None = None
 
 
 class Backbone(ABC):
@@ -44,15 +38,23 @@ class Backbone(ABC):
 
     pipe: never changed outside a `with` block. low_memory: spare memory at the cost of time, see `Morpher`; what comes out is
     the same. tf32: on a GPU, let float32 products be rounded to TF32, which is faster.
-    Pictures and latents may have any strides, which change no byte of what comes out; that is always contiguous.
+    Latents are always unpacked, (B, C, h, w). Pictures and latents may have any strides, which change no byte of what comes
+    out; that is always contiguous.
     `unet_rows` counts the rows of every batch of the network so far; a row that is trained on (forward and backward) counts 3.
     """
 
-    network: Any  # the U-Net: what LoRAs and attention mixing attach to
+    network: Any  # the U-Net or transformer: what LoRAs and attention mixing attach to
+    vae: Any
     parts: tuple[Any, ...]  # all networks of the pipeline
     vae_factor: int  # pixels per latent cell along a side
-    smallest_side: int  # the smallest working size in pixels: one cell at the network's deepest level
+    size_multiple: int  # each side of a picture is a multiple of so many pixels
+    smallest_side: int  # the smallest working size in pixels
     num_train_timesteps: int
+
+    lora_prefix: ClassVar[str]  # what diffusers calls the network in a LoRA file
+    lora_layers: ClassVar[tuple[str, ...]]  # ends of the paths of layers that a LoRA is fitted to
+    embeds_guidance: bool = False  # guidance is a number that the network is told, not a second row of the batch
+    inversion: ClassVar[Literal["plain", "uni"]] = "plain"  # see `method.invert`
 
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
         self.pipe = pipe
@@ -85,45 +87,88 @@ class Backbone(ABC):
 
     @abstractmethod
     def schedule(self, steps: int) -> NoiseSchedule:
-        """The noise schedule of a run of `steps` steps."""
+        """The noise levels of a run of `steps` steps."""
+
+    @abstractmethod
+    def level(self, t: Tensor) -> Level:
+        """The level of each row's training timestep t, (B,) int64 from 0 to `num_train_timesteps` - 1."""
+
+    def projections(self) -> dict[str, nn.Linear]:
+        """The layers that a LoRA is fitted to, by module path: the image's queries, keys, values and outputs."""
+        return {
+            name: module
+            for name, module in self.network.named_modules()
+            if name.endswith(self.lora_layers) and hasattr(module, "in_features")
+        }
+
+    @abstractmethod
+    def attention_sites(self) -> list[AttentionSite]:
+        """Where keys and values of the image's own rows are made, in the blocks in which they are mixed (section 7)."""
+
+    def image_rows(self, latents: Tensor) -> int:
+        """How many rows the image has in a sequence where it stands beside text: one for each 2 x 2 latents."""
+        return latents.shape[-2] * latents.shape[-1] // 4
 
     # ---- pictures and prompts
 
-    @abstractmethod
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and spread of the VAE's posterior as scaled latents (method, section 1).
 
         pixels: (B, 3, H, W) in [-1, 1]. Returns two (B, C, h, w), float32.
         """
+        if self.low_memory and len(pixels) > 1:
+            mean, std = zip(*map(self.encode, pixels.split(1)), strict=True)
+            return torch.cat(mean), torch.cat(std)
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype).contiguous()).latent_dist
+        shift, scale = self._shift_and_scale()
+        mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
+        return mean.contiguous(), std.contiguous()
 
-    @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), float32, in [-1, 1]."""
+        shift, scale = self._shift_and_scale()
+        z = latents / scale + shift
+        return self.vae.decode(z.to(self.device, self.vae.dtype).contiguous()).sample.float().clamp(-1, 1).contiguous()
+
+    def _shift_and_scale(self) -> tuple[Any, Any]:
+        """What is taken off the VAE's own latents, and what they are then multiplied by."""
+        return getattr(self.vae.config, "shift_factor", None) or 0.0, self.vae.config.scaling_factor
 
     @abstractmethod
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Text embeddings padded to the tokenizer's length; a longer prompt is cut, with a warning.   # (B, L, D) float32"""
+    def encode_prompts(self, prompts: Sequence[str], length: int = 0) -> Conditioning:
+        """Text embeddings, float32; a prompt that is too long is cut, with a warning.
+
+        length: where a family's texts have no length of their own, all have that of the longest, and at least this one.
+        """
 
     # ---- the network
 
     @abstractmethod
-    def predict(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
+    def output(self, latents: Tensor, level: Level, conditioning: Conditioning, guidance: float = 1.0) -> Tensor:
         """The network's own output (see `training_target`), float32.                                # (B, C, h, w)
 
-        latents: (B, C, h, w); timestep: one for all rows, or (B,); conditioning: (B, L, D).
+        latents: (B, C, h, w); guidance: for a network that is told it (`embeds_guidance`).
         """
 
     @abstractmethod
-    def predict_noise(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
-        """eps(z, t, c), float32.                                                                      # (B, C, h, w)"""
+    def prediction(self, output: Tensor, latents: Tensor, level: Level) -> Prediction:
+        """Clean latents and noise as the network's output says they are, `z = a x_0 + s eps`."""
+
+    def predict(self, latents: Tensor, level: Level, conditioning: Conditioning, guidance: float = 1.0) -> Prediction:
+        """x_0 and eps of latents at a level, float32.                                          # (B, C, h, w) each"""
+        latents = latents.contiguous()
+        return self.prediction(self.output(latents, level, conditioning, guidance), latents, level)
+
+    def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """`z_t = a_t x_0 + s_t eps`, for the fit; t: training timesteps, (B,)."""
+        return self.level(t).noised(x_0, eps)
 
     @abstractmethod
-    def add_noise(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
-        """`z_t = a_t x_0 + s_t eps`."""
+    def training_target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What `output` should be for `noised(x_0, eps, t)`."""
 
-    @abstractmethod
-    def training_target(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
-        """What `predict` should return for `z_t`."""
+    def _count(self, rows: int) -> None:
+        self.unet_rows += rows * (3 if torch.is_grad_enabled() else 1)
 
     @contextmanager
     def trained(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,10 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ..errors import ModelError
-from .backbone import Backbone, NoiseSchedule
+from .backbone import AttentionSite, Backbone
+from .conditioning import Conditioning
+from .levels import Level, NoiseSchedule, Prediction
+from .text import tokenized
 
 #: Smallest abar that is divided by: a schedule rescaled to zero terminal SNR reaches 0 (the value diffusers uses too).
 _MIN_ABAR = 2.0**-24
@@ -24,6 +26,11 @@ class StableDiffusion(Backbone):
     another kind.
     """
 
+    lora_prefix = "unet"
+    lora_layers = tuple(
+        f".{attn}.{layer}" for attn in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
+    )
+
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
         _check_kind(pipe)
         super().__init__(pipe, name, low_memory, tf32)
@@ -31,6 +38,7 @@ class StableDiffusion(Backbone):
         self.vae: AutoencoderKL = pipe.vae
         self.parts = (pipe.unet, pipe.vae, pipe.text_encoder)
         self.vae_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        self.size_multiple = self.vae_factor
         self.smallest_side = self.vae_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
         # The sampler is DDIM by name, whatever the checkpoint ships with: inversion needs the same solver.
         self._scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
@@ -59,78 +67,58 @@ class StableDiffusion(Backbone):
         return {"sizes": [float(size) for w in parts for size in w.shape], "weights": sampled[0] + sampled[1]}
 
     def schedule(self, steps: int) -> NoiseSchedule:
-        """The noise schedule of a run of `steps` DDIM steps."""
         self._scheduler.set_timesteps(steps)
         last = self.num_train_timesteps - 1  # which an offset may step over
-        timesteps = tuple(sorted(min(int(t), last) for t in self._scheduler.timesteps))
+        timesteps = sorted(min(int(t), last) for t in self._scheduler.timesteps)
         clean = torch.as_tensor(self._scheduler.final_alpha_cumprod, dtype=torch.float64).reshape(1)
-        abar = torch.cat([clean, self._abar[list(timesteps)]])
-        return NoiseSchedule(timesteps, abar.sqrt(), (1 - abar).sqrt())
+        return NoiseSchedule.diffusion(timesteps, torch.cat([clean, self._abar[timesteps]]))
+
+    def level(self, t: Tensor) -> Level:
+        abar = self._abar[t.cpu()].reshape(-1, 1, 1, 1)
+        return Level(abar.sqrt().float().to(t.device), (1 - abar).sqrt().float().to(t.device), t)
+
+    def attention_sites(self) -> list[AttentionSite]:
+        """The self-attention of the up blocks, as in the paper."""
+        ends = (".attn1.to_k", ".attn1.to_v")
+        return [
+            AttentionSite(name)
+            for name, _ in self.network.named_modules()
+            if name.startswith("up_blocks.") and name.endswith(ends)
+        ]
 
     # ---- pictures and prompts
 
-    def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        if self.low_memory and len(pixels) > 1:
-            mean, std = zip(*map(self.encode, pixels.split(1)), strict=True)
-            return torch.cat(mean), torch.cat(std)
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype).contiguous()).latent_dist
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        scale = self.vae.config.scaling_factor
-        mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-        return mean.contiguous(), std.contiguous()
-
-    def decode(self, latents: Tensor) -> Tensor:
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        z = latents / self.vae.config.scaling_factor + shift
-        return self.vae.decode(z.to(self.device, self.vae.dtype).contiguous()).sample.float().clamp(-1, 1).contiguous()
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompts(self, prompts: Sequence[str], length: int = 0) -> Conditioning:
         encoder = self.pipe.text_encoder
         limit = min(self.pipe.tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        for prompt in prompts:
-            length = len(self.pipe.tokenizer(prompt, truncation=False, verbose=False).input_ids)
-            if length > limit:
-                warnings.warn(
-                    f"the prompt {prompt[:40]!r}... has {length} tokens; the model reads the first {limit} of them.",
-                    stacklevel=2,
-                )
-        ids = self.pipe.tokenizer(
-            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        )
+        ids = tokenized(self.pipe.tokenizer, prompts, limit)
         mask = ids.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
-        return encoder(ids.input_ids.to(self.device), attention_mask=mask)[0].float()
+        return Conditioning({"text": encoder(ids.input_ids.to(self.device), attention_mask=mask)[0].float()})
 
     # ---- the network
 
-    def predict(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
-        self.unet_rows += len(latents) * (3 if torch.is_grad_enabled() else 1)
+    def output(self, latents: Tensor, level: Level, conditioning: Conditioning, guidance: float = 1.0) -> Tensor:
+        self._count(len(latents))
         dtype = self.network.dtype
-        latents, conditioning = latents.to(dtype).contiguous(), conditioning.to(dtype).contiguous()
-        return self.network(latents, timestep, encoder_hidden_states=conditioning).sample.float().contiguous()
+        latents, text = latents.to(dtype).contiguous(), conditioning["text"].to(dtype).contiguous()
+        added = self._added(latents, conditioning)
+        output = self.network(latents, level.time, encoder_hidden_states=text, added_cond_kwargs=added)
+        return output.sample.float().contiguous()
 
-    def predict_noise(self, latents: Tensor, timestep: int | Tensor, conditioning: Tensor) -> Tensor:
-        output = self.predict(latents, timestep, conditioning)
+    def _added(self, latents: Tensor, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """What the U-Net is told beside the text."""
+        return None
+
+    def prediction(self, output: Tensor, latents: Tensor, level: Level) -> Prediction:
+        a, s = level.a, level.s
         if self.prediction_type == "epsilon":
-            return output
-        a, s = self._levels(timestep)
-        return a * output + s * latents  # v = a eps - s x_0 and z = a x_0 + s eps
+            return Prediction((latents - s * output) / a, output)
+        return Prediction(a * latents - s * output, a * output + s * latents)  # v = a eps - s x_0 and z = a x_0 + s eps
 
-    def add_noise(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
-        a, s = self._levels(timestep)
-        return a * x_0 + s * eps
-
-    def training_target(self, x_0: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
-        """What `predict` should return for `z_t`: the noise, or the velocity `a_t eps - s_t x_0`."""
-        a, s = self._levels(timestep)
-        return eps if self.prediction_type == "epsilon" else a * eps - s * x_0
-
-    def _levels(self, timestep: int | Tensor) -> tuple[Any, Any]:
-        """`a_t` and `s_t`: numbers, or for timesteps (B,) float32 tensors (B, 1, 1, 1)."""
-        if isinstance(timestep, Tensor):
-            abar = self._abar[timestep.cpu()].reshape(-1, 1, 1, 1)
-            return abar.sqrt().float().to(timestep.device), (1 - abar).sqrt().float().to(timestep.device)
-        abar = float(self._abar[timestep])
-        return abar**0.5, (1 - abar) ** 0.5
+    def training_target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """The noise, or the velocity `a_t eps - s_t x_0`."""
+        level = self.level(t)
+        return eps if self.prediction_type == "epsilon" else level.a * eps - level.s * x_0
 
 
 def _check_kind(pipe: Any) -> None:

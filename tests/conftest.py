@@ -8,9 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import diffmorpher
 from diffmorpher import Morpher
@@ -83,6 +89,29 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0, **changes: An
     for part in (unet, vae, pipe.text_encoder):
         part.eval()
     return pipe
+
+
+def tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
+    """A pipeline of Stable Diffusion XL's layout with random weights: 32 x 32 pixels, 4 x 8 x 8 latents."""
+    base = tiny_pipeline(
+        seed=seed,
+        linear=True,
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        attention_head_dim=(2, 4),
+        cross_attention_dim=64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 24,
+    )
+    config = CLIPTextConfig(**base.text_encoder.config.to_dict() | {"projection_dim": 24, "hidden_act": "gelu"})
+    second = CLIPTextModelWithProjection(config).eval()
+    return StableDiffusionXLPipeline(
+        base.vae, base.text_encoder, second, base.tokenizer, base.tokenizer, base.unet, base.scheduler,
+        add_watermarker=False,
+    )  # fmt: skip
 
 
 @pytest.fixture

@@ -572,7 +572,6 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "text encoder only": (safetensors_of(pair("lora_te_text_model_encoder_layers_0_mlp_fc1")), "no LoRA for a U-Net"),
     "another network": (safetensors_of(pair("transformer.transformer_blocks.0.attn.to_q")), "no LoRA for a U-Net"),
     "another network, kohya": (safetensors_of(pair("lora_unet_double_blocks_0_img_attn")), "no LoRA for a U-Net"),
-    "Stability's names": (safetensors_of(pair("lora_unet_input_blocks_4_1_proj_in")), "input_blocks.*not supported"),
     "down alone": (of_pair(up=None), f"lacks the up matrix of layer {LAYER}"),
     "up alone": (of_pair(down=None), f"lacks the down matrix of layer {LAYER}"),
     "ranks differ": (of_pair(up=torch.ones(5, 3)), f"rank 2 and 3 in layer {LAYER}"),

@@ -143,6 +143,38 @@ def test_inversion_is_the_formula(prediction_type: str) -> None:
             assert_close(got[i + 1, k : k + 1].double(), z, rtol=1e-4, atol=1e-4)
 
 
+def test_uni_inversion_is_the_formula_and_nearer_to_the_samplers_inverse() -> None:
+    """Two rows against a loop written out in float64; then both rules' way there and back."""
+    pipe = tiny_pipeline()
+    pipe.unet.double()
+    pipe.unet.conv_out.weight.data *= 0.2  # a random network is rougher than a trained one
+    backbone, z_0, c = StableDiffusion(pipe), torch.randn(2, 4, 8, 8), torch.randn(2, 5, 32)
+    text = Conditioning({"text": c})
+    got = invert(backbone, z_0, text, steps=7, rule="uni")
+    levels = backbone.schedule(7).levels
+
+    def up(z: torch.Tensor, e: torch.Tensor, i: int) -> torch.Tensor:
+        below, here = levels[i - 1], levels[i]
+        return here.a * (z - below.s * e) / below.a + here.s * e
+
+    z, e = z_0.double(), None
+    for i in range(1, 8):
+        with torch.no_grad():
+            e = pipe.unet(z if e is None else up(z, e, i), levels[i].time, encoder_hidden_states=c.double()).sample
+        z = up(z, e, i)
+        assert_close(got[i].double(), z, rtol=1e-4, atol=1e-4)
+
+    def lost(rule: str) -> float:
+        schedule = backbone.schedule(20)
+        z = invert(backbone, z_0, text, 20, rule=rule)[-1]  # type: ignore[arg-type]
+        with torch.no_grad():
+            for level in range(20, 0, -1):
+                z = schedule.down(backbone.predict(z, schedule.levels[level], text), level)
+        return float((z - z_0).square().mean().sqrt())
+
+    assert lost("uni") < 0.5 * lost("plain")
+
+
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_sampling_step_is_diffusers_ddim(prediction_type: str) -> None:
     backbone = StableDiffusion(tiny_pipeline(prediction_type))

@@ -24,8 +24,8 @@ from diffmorpher.method.fit import fit_loras
 from diffmorpher.method.lora import LoraBank
 from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.models.backbone import Backbone
-from diffmorpher.models.group_norm import exact_group_norm, group_norm
 from diffmorpher.models.conditioning import Conditioning
+from diffmorpher.models.group_norm import exact_group_norm, group_norm
 from diffmorpher.models.stable_diffusion import StableDiffusion
 from diffmorpher.path import to_pixels
 

@@ -59,7 +59,11 @@ _WORDS = (
     "conv_shortcut",
 )  # fmt: skip
 _TEXT_ENCODERS = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
-_SGM_BLOCKS = re.compile(r"lora_unet_(input_blocks|middle_block|output_blocks)_")
+# Stability's own block names, in kohya's files for SDXL: a block's part 0 is a residual block, part 1 attention.
+_SGM_BLOCK = re.compile(r"(?:(?P<side>input|output)_blocks_(?P<block>\d+)|middle_block)_(?P<part>\d+)_(?P<rest>.+)")
+_SGM_RESNET = {
+    "in_layers_2": "conv1", "emb_layers_1": "time_emb_proj", "out_layers_3": "conv2", "skip_connection": "conv_shortcut",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ def load_lora(path: str | os.PathLike[str]) -> Lora:
     """Read the U-Net's linear layers from a LoRA file (layouts: see the module), without running pickled code.
 
     Text-encoder layers, convolutions wider than 1x1 and other networks are skipped, with one warning that counts them.
-    Raises `LoraError` if the file is missing, damaged, unsafe, no LoRA, of an unsupported kind (LoHa, LoKr, DoRA, OFT,
-    Stability's block names) or inconsistent (a matrix without its partner, ranks that differ, NaN or infinite numbers).
+    Raises `LoraError` if the file is missing, damaged, unsafe, no LoRA, of an unsupported kind (LoHa, LoKr, DoRA, OFT) or
+    inconsistent (a matrix without its partner, ranks that differ, NaN or infinite numbers).
     """
     path = Path(path)
     tensors, header = _read(path)
@@ -190,11 +194,6 @@ def _check_keys(path: Path, keys: Iterable[str]) -> None:
     for kind, pattern in _UNSUPPORTED.items():
         if any(pattern.search(key) for key in keys):
             raise LoraError(f"{path} is a {kind} file, which is not supported; give a plain LoRA.")
-    if any(_SGM_BLOCKS.match(key) for key in keys):
-        raise LoraError(
-            f"{path} names its layers as Stability's SDXL code does (input_blocks), which is not supported; load it "
-            "into a diffusers pipeline and save it with save_lora_weights."
-        )
     if not any(_WEIGHT_KEY.fullmatch(key) for key in keys):
         first = f"its first tensor is {min(keys)!r}" if keys else "it holds no tensors"
         raise LoraError(f"{path} holds no LoRA weights ({first}; is it a whole model?); give a LoRA file.")
@@ -223,13 +222,30 @@ def _unet_path(layer: str) -> str | None:
     """The module path inside the U-Net of a layer as a file names it; None for a layer of another network."""
     name = layer.removeprefix("base_model.model.").removeprefix("unet.")
     if name.startswith("lora_unet_"):
-        name = name.removeprefix("lora_unet_").replace("_", ".")
+        name = _from_sgm(name.removeprefix("lora_unet_")).replace("_", ".")
         for word in _WORDS:
             name = name.replace(word.replace("_", "."), word)
     name = name.replace(".processor.", ".")
     if name.endswith(".to_out"):  # older diffusers name the layer by its list, [Linear, Dropout]
         name += ".0"
     return name if name.split(".")[0] in _UNET_PARTS else None
+
+
+def _from_sgm(name: str) -> str:
+    """A block of Stability's code by diffusers' name; two layers a block, as Stable Diffusion 1, 2 and XL have them."""
+    match = _SGM_BLOCK.fullmatch(name)
+    if match is None:
+        return name
+    part, rest = int(match["part"]), match["rest"]
+    if match["side"] is None:  # residual block, attention, residual block
+        kind = f"attentions_0_{rest}" if part == 1 else f"resnets_{part // 2}_{_SGM_RESNET.get(rest, rest)}"
+        return f"mid_block_{kind}"
+    block, layer = divmod(int(match["block"]) - (match["side"] == "input"), 3)
+    side = "down" if match["side"] == "input" else "up"
+    if rest in ("op", "conv"):
+        return f"{side}_blocks_{block}_{side}samplers_0_conv"
+    kind = f"attentions_{layer}_{rest}" if part == 1 else f"resnets_{layer}_{_SGM_RESNET.get(rest, rest)}"
+    return f"{side}_blocks_{block}_{kind}"
 
 
 def _peft_scale(path: Path, header: Mapping[str, str], keys: Iterable[str]) -> Callable[[str, int], float]:

@@ -23,9 +23,10 @@ def invert(
 ) -> Tensor:
     """The way of all images at once from clean latents to noises; their LoRAs are attached by the caller.
 
-    latents: (K, C, h, w) clean, scaled; conditioning: K rows. rule: at which latents the network is asked about the level that a
-    step goes to. "plain": those of the level below (DDIM inversion). "uni": those that the last step's prediction leads to
-    (Uni-Inv, arXiv 2504.13109): nearer to the sampler's inverse, with as many evaluations. None is the family's own.
+    latents: (K, C, h, w) clean, scaled; conditioning: K rows.
+    rule: at which latents the network is asked about the level that a step goes to. "plain": those of the level below (DDIM
+    inversion). "uni": those that the last step's prediction leads to (Uni-Inv, arXiv 2504.13109), which is nearer to the
+    sampler's inverse at as many evaluations. None is the family's own.
     Returns (T + 1, K, C, h, w), float32: the latents at each level of the schedule, the clean ones first, the noises last.
     """
     rule = rule or backbone.inversion

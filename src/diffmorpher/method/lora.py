@@ -112,7 +112,7 @@ class LoraBank:
 
     @contextmanager
     def attached(self, network: nn.Module) -> Iterator[LoraBank]:
-        """While open, the bank's layers of `network` add their LoRA; until `set_rows` part k of a batch's K parts uses LoRA k."""
+        """While open, the bank's layers of `network` add their LoRA; until `set_rows` part k of a batch uses LoRA k."""
         self._rows = None
         handles = []
         try:

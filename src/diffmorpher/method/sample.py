@@ -45,7 +45,7 @@ def sample_between(
 
     result = noises.new_empty(len(where.alpha), *noises.shape[1:])
     guided = config.guidance_scale != 1 and not backbone.embeds_guidance
-    unconditional = backbone.encode_prompts([""], conditioning.length) if guided else None
+    unconditional = backbone.unconditional(conditioning.length) if guided else None
     for batch in parts:
         at = Between.images(batch.positions, num_images, loop)
         if bank:

@@ -141,6 +141,10 @@ class Backbone(ABC):
         length: where a family's texts have no length of their own, all have that of the longest, and at least this one.
         """
 
+    def unconditional(self, length: int = 0) -> Conditioning:
+        """One row: what the network is told without a prompt, for classifier-free guidance."""
+        return self.encode_prompts([""], length)
+
     # ---- the network
 
     @abstractmethod

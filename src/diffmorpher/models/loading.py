@@ -12,6 +12,7 @@ from ..errors import ModelError
 from .backbone import Backbone
 from .catalog import CATALOG, ModelSpec, check_model
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_xl import StableDiffusionXL
 
 
 def default_device() -> torch.device:
@@ -49,7 +50,9 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> Backbone:
     """A pipeline as the method sees it, by its family. Raises `ModelError` for one of a family that is not known."""
-    return StableDiffusion(pipe, name, low_memory, tf32)
+    xl = getattr(pipe, "text_encoder_2", None) is not None and getattr(pipe, "unet", None) is not None
+    family = StableDiffusionXL if xl else StableDiffusion
+    return family(pipe, name, low_memory, tf32)
 
 
 def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload: bool = False) -> tuple[Any, ModelSpec]:
@@ -60,7 +63,7 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
     A single .safetensors file holds weights alone; its configuration comes from the hub's cache, or from a folder of the
     same name beside it (`model.safetensors`, `model/`), laid out as a diffusers model. Raises `ModelError`.
     """
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
     check_model(model)
     spec = CATALOG.get(model, ModelSpec(model, ""))
@@ -76,11 +79,15 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
                     f"{model} is a Stable Diffusion 2 file, which does not say whether it predicts epsilon or v; "
                     f"put its diffusers configuration into the folder {folder}."
                 )
-            pipe = StableDiffusionPipeline.from_single_file(str(source), dtype=dtype, **options)
+            kind: Any = StableDiffusionPipeline
+            if _has(source, "conditioner.embedders.1"):
+                kind, options = StableDiffusionXLPipeline, {k: v for k, v in options.items() if "safety" not in k}
+            pipe = kind.from_single_file(str(source), dtype=dtype, **options)
         else:
-            pipe = DiffusionPipeline.from_pretrained(
-                str(source) if source.is_dir() else spec.source, dtype=dtype, **options
-            )
+            place = str(source) if source.is_dir() else spec.source
+            if "safety_checker" not in DiffusionPipeline.load_config(place):
+                options = {}
+            pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, **options)
     except ModelError:
         raise
     except Exception as error:
@@ -96,6 +103,12 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe, spec
     return pipe.to(device), spec
+
+
+def _has(file: Path, prefix: str) -> bool:
+    """Whether a checkpoint has tensors under a name."""
+    with safe_open(file, "pt") as opened:
+        return any(key.startswith(prefix) for key in opened.keys())  # noqa: SIM118
 
 
 def _is_sd2(file: Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -26,13 +26,15 @@ class StableDiffusion(Backbone):
     another kind.
     """
 
+    needed: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+    family: ClassVar[str] = "Stable Diffusion 1.x or 2.x"
     lora_prefix = "unet"
     lora_layers = tuple(
         f".{attn}.{layer}" for attn in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
     )
 
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
-        _check_kind(pipe)
+        _check_kind(pipe, self.needed, self.family)
         super().__init__(pipe, name, low_memory, tf32)
         self.network: UNet2DConditionModel = pipe.unet
         self.vae: AutoencoderKL = pipe.vae
@@ -121,19 +123,14 @@ class StableDiffusion(Backbone):
         return eps if self.prediction_type == "epsilon" else level.a * eps - level.s * x_0
 
 
-def _check_kind(pipe: Any) -> None:
+def _check_kind(pipe: Any, needed: Sequence[str], family: str) -> None:
     """Raise `ModelError`, saying what to do, for a pipeline that cannot be used."""
     kind = type(pipe).__name__
-    needed = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     missing = [part for part in needed if getattr(pipe, part, None) is None]
     if missing or not isinstance(pipe.unet, UNet2DConditionModel):
         lacks = ", ".join(missing) or "a UNet2DConditionModel"
-        raise ModelError(f"{kind} is not a Stable Diffusion 1.x or 2.x pipeline (it lacks {lacks}).")
+        raise ModelError(f"{kind} is not a {family} pipeline (it lacks {lacks}).")
     unet, vae = pipe.unet.config, pipe.vae.config
-    if getattr(pipe, "text_encoder_2", None) is not None or unet.addition_embed_type is not None:
-        raise ModelError(
-            f"{kind} is of the SDXL family, which is not supported yet; use a Stable Diffusion 1.x or 2.x model."
-        )
     if unet.in_channels != vae.latent_channels:
         raise ModelError(
             f"the U-Net takes {unet.in_channels} channels where the VAE gives {vae.latent_channels}; inpainting and "

@@ -1,0 +1,191 @@
+"""Stable Diffusion XL against diffusers' own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import save_file
+from torch.testing import assert_close
+from typer.testing import CliRunner
+
+from conftest import tiny_pipeline, tiny_xl_pipeline
+from diffmorpher import FitConfig, Morpher, SampleConfig
+from diffmorpher.cli.app import app
+from diffmorpher.errors import LoraError, ModelError
+from diffmorpher.files.loras import load_lora, save_lora
+from diffmorpher.method.lora import LoraBank
+from diffmorpher.models.stable_diffusion_xl import StableDiffusionXL
+
+STEPS, PROMPTS = 6, ["a red apple", "a house"]
+PICTURES = [np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8) for k in range(3)]
+OWN_SAMPLER = SampleConfig(steps=STEPS, attention_lambda=0, adain=False, exact_ends=False)
+
+
+def ddim(pipe: object) -> None:
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)  # type: ignore[attr-defined]
+    pipe.set_progress_bar_config(disable=True)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 32)])
+def test_the_ends_are_what_diffusers_makes_of_the_same_noise(size: tuple[int, int]) -> None:
+    pipe = tiny_xl_pipeline()
+    path = Morpher(pipe).prepare(PICTURES[:2], PROMPTS, fit=None, steps=STEPS, size=size)
+    got = path.sample([0, 1], OWN_SAMPLER, output="latent")
+    ddim(pipe)
+    for k in range(2):
+        want = pipe(
+            PROMPTS[k], latents=path.noises[k : k + 1], num_inference_steps=STEPS, guidance_scale=1.0,
+            output_type="latent", width=size[0], height=size[1],
+        ).images  # fmt: skip
+        assert (got[k : k + 1] - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_guidance_is_diffusers_guidance_with_its_zeros_for_no_prompt() -> None:
+    pipe = tiny_xl_pipeline()
+    path = Morpher(pipe).prepare(PICTURES[:2], PROMPTS, fit=None, steps=STEPS)
+    config = SampleConfig(steps=STEPS, attention_lambda=0, adain=False, guidance_scale=4.0)
+    got = path.sample([0], config, output="latent")
+    ddim(pipe)
+    want = pipe(
+        PROMPTS[0], latents=path.noises[:1], num_inference_steps=STEPS, guidance_scale=4.0, output_type="latent"
+    ).images
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
+def test_prompts_are_encoded_as_the_pipeline_does() -> None:
+    pipe = tiny_xl_pipeline()
+    with torch.no_grad():
+        got = StableDiffusionXL(pipe).encode_prompts(PROMPTS)
+        text, _, pooled, _ = pipe.encode_prompt(PROMPTS, None, "cpu", 1, False)
+    assert_close(got["text"], text)
+    assert_close(got["pooled"], pooled)
+    middle = got.lerp(torch.tensor([0]), torch.tensor([1]), torch.tensor([0.25]))
+    assert_close(middle["pooled"], 0.75 * pooled[:1] + 0.25 * pooled[1:])
+
+
+def test_a_lora_file_is_diffusers_own(tmp_path: Path) -> None:
+    """What we write, the pipeline loads; its output with it is ours."""
+    pipe = tiny_xl_pipeline()
+    morpher = Morpher(pipe)
+    lora = morpher.fit(PICTURES[0], PROMPTS[0], FitConfig(rank=2, steps=3, learning_rate=1e-2))
+    file = save_lora(lora, tmp_path / "apple.safetensors")
+    path = morpher.prepare(PICTURES[:2], PROMPTS, loras=[file, file], steps=STEPS)
+    got = path.sample([0], OWN_SAMPLER, output="latent")
+    without = morpher.prepare(PICTURES[:2], PROMPTS, fit=None, steps=STEPS)
+    ddim(pipe)
+    pipe.load_lora_weights(str(file))
+    want = pipe(
+        PROMPTS[0], latents=path.noises[:1], num_inference_steps=STEPS, guidance_scale=1.0, output_type="latent"
+    ).images
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+    assert (without.noises[:1] - path.noises[:1]).abs().max() > 1e-3
+
+
+def test_kohyas_names_of_stabilitys_blocks_are_read(tmp_path: Path) -> None:
+    """Every attention projection under the name that kohya's trainer gives it for SDXL."""
+    backbone = StableDiffusionXL(tiny_xl_pipeline())
+    names = {}
+    for name in backbone.projections():
+        side, *rest = name.split(".")
+        tail = "_".join(rest[3:] if side != "mid_block" else rest[2:])
+        if side == "down_blocks":
+            block = f"input_blocks_{1 + 3 * int(rest[0]) + int(rest[2])}_1"
+        elif side == "up_blocks":
+            block = f"output_blocks_{3 * int(rest[0]) + int(rest[2])}_1"
+        else:
+            block = "middle_block_1"
+        names[f"lora_unet_{block}_{tail}"] = name
+    assert len(names) == len(backbone.projections()) > 0
+    bank = LoraBank.create(backbone.projections(), 1, 2, seed=0)
+    tensors = {}
+    for theirs, ours in names.items():
+        tensors[f"{theirs}.lora_down.weight"] = bank.down[ours][0].clone()
+        tensors[f"{theirs}.lora_up.weight"] = torch.randn(bank.up[ours][0].shape)
+        tensors[f"{theirs}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "kohya.safetensors")
+    lora = load_lora(tmp_path / "kohya.safetensors")
+    assert set(lora.down) == set(names.values())
+    for theirs, ours in names.items():
+        assert_close(lora.up[ours], tensors[f"{theirs}.lora_up.weight"] / 2)
+    LoraBank.stack([lora], backbone.network, ["kohya"])
+
+
+def test_films_through_the_command_line(tmp_path: Path) -> None:
+    from PIL import Image
+
+    tiny_xl_pipeline().save_pretrained(tmp_path / "xl")
+    files = [tmp_path / f"{k}.png" for k in range(3)]
+    for file, picture in zip(files, PICTURES, strict=True):
+        Image.fromarray(picture).save(file)
+    arguments = ["morph", *map(str, files), "--model", str(tmp_path / "xl"), "-o", str(tmp_path / "x.mp4")]
+    result = CliRunner().invoke(
+        app, [*arguments, "--frames", "6", "--steps", "3", "--lora-steps", "2", "--device", "cpu"]
+    )
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "x.mp4").stat().st_size > 0
+
+
+def test_a_path_file_holds_all_that_the_network_is_told(tmp_path: Path) -> None:
+    morpher = Morpher(tiny_xl_pipeline())
+    path = morpher.prepare(PICTURES, "a cat", fit=None, steps=3)
+    path.save(tmp_path / "x.morph")
+    loaded = type(path).load(tmp_path / "x.morph", morpher)
+    config = SampleConfig(steps=3)
+    assert torch.equal(path.sample([0.5, 1.3], config, "latent"), loaded.sample([0.5, 1.3], config, "latent"))
+
+
+def test_the_pipeline_comes_back_unchanged_after_an_exception_in_a_step() -> None:
+    pipe = tiny_xl_pipeline()
+    pipe.vae.half()
+    pipe.vae.register_to_config(force_upcast=True)
+    before = {n: p.clone() for part in (pipe.unet, pipe.vae) for n, p in part.state_dict().items()}
+    morpher = Morpher(pipe)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("invert", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        morpher.prepare(PICTURES[:2], "x", fit=FitConfig(rank=2, steps=1), steps=3, progress=stop)
+    after = {n: p for part in (pipe.unet, pipe.vae) for n, p in part.state_dict().items()}
+    assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+
+
+def test_the_refiner_and_a_part_that_lacks_are_named() -> None:
+    refiner = tiny_xl_pipeline()
+    refiner.text_encoder = None
+    with pytest.raises(ModelError, match="refiner"):
+        Morpher(refiner)
+    lacking = tiny_xl_pipeline()
+    lacking.tokenizer_2 = None
+    with pytest.raises(ModelError, match="lacks tokenizer_2"):
+        Morpher(lacking)
+
+
+def test_a_lora_of_stable_diffusion_1_is_for_another_model(tmp_path: Path) -> None:
+    lora = Morpher(tiny_pipeline()).fit(PICTURES[0], "x", FitConfig(rank=2, steps=1))
+    file = save_lora(lora, tmp_path / "sd1.safetensors")
+    with pytest.raises(LoraError, match="another model"):
+        Morpher(tiny_xl_pipeline()).prepare(PICTURES[:2], "x", loras=[file, file], steps=2)
+
+
+def test_the_published_architecture_has_70_blocks_and_36_of_them_mix() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(
+            sample_size=128, cross_attention_dim=2048, block_out_channels=(320, 640, 1280), layers_per_block=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20), use_linear_projection=True,
+            addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        )  # fmt: skip
+    assert sum(p.numel() for p in unet.parameters()) == 2_567_463_684
+    pipe = tiny_xl_pipeline()
+    backbone = StableDiffusionXL(pipe)
+    backbone.network = unet
+    assert len(backbone.projections()) == 70 * 2 * 4
+    assert len(backbone.attention_sites()) == (3 * 10 + 3 * 2) * 2

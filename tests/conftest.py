@@ -11,12 +11,22 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 import diffmorpher
 from diffmorpher import Morpher
@@ -112,6 +122,27 @@ def tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         base.vae, base.text_encoder, second, base.tokenizer, base.tokenizer, base.unet, base.scheduler,
         add_watermarker=False,
     )  # fmt: skip
+
+
+def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = True) -> FluxPipeline:
+    """A pipeline of FLUX.1's layout with random weights: 32 x 32 pixels, 4 x 8 x 8 latents, 16 image rows."""
+    base = tiny_pipeline(seed=seed, shift_factor=0.1)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=32, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
+    ).eval()  # fmt: skip
+    t5 = T5EncoderModel(
+        T5Config(vocab_size=len(base.tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ).eval()
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+    return FluxPipeline(scheduler, base.vae, base.text_encoder, base.tokenizer, t5, base.tokenizer, transformer)
 
 
 @pytest.fixture

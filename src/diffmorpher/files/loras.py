@@ -51,6 +51,7 @@ _UNSUPPORTED = {
     "LoRA with a bias": re.compile(r"\blora_B\b.*\.bias$"),
 }
 
+_TRANSFORMER_PARTS = {"transformer_blocks", "single_transformer_blocks"}
 _UNET_PARTS = {"conv_in", "time_embedding", "add_embedding", "down_blocks", "mid_block", "up_blocks", "conv_out"}
 # The underscores that belong to a U-Net's module names; kohya writes every other "." of a path as "_".
 _WORDS = (
@@ -91,11 +92,15 @@ def save_lora(lora: Lora, path: str | os.PathLike[str]) -> Path:
     """
     path = Path(path)
     tensors = {}
-    for side, matrices in (("down", lora.down), ("up", lora.up)):
+    transformer = any(name.split(".")[0] in _TRANSFORMER_PARTS for name in lora.down)
+    names = (
+        ("transformer.{}.lora_A", "transformer.{}.lora_B") if transformer else ("unet.{}.lora.down", "unet.{}.lora.up")
+    )
+    for form, matrices in zip(names, (lora.down, lora.up), strict=True):
         for name, matrix in matrices.items():
             # A copy, since safetensors refuses tensors that share memory, as slices of a bank or a common start do.
             copy = matrix.detach().to("cpu", torch.float32, copy=True)
-            tensors[f"unet.{name}.lora.{side}.weight"] = copy.contiguous()
+            tensors[f"{form.format(name)}.weight"] = copy.contiguous()
     header = {"format": "pt"} | {_METADATA_PREFIX + key: value for key, value in lora.metadata.items()}
     content = _with_sorted_header(save(tensors, header))
     try:
@@ -220,7 +225,7 @@ def _group(path: Path, tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[st
 
 def _unet_path(layer: str) -> str | None:
     """The module path inside the U-Net of a layer as a file names it; None for a layer of another network."""
-    name = layer.removeprefix("base_model.model.").removeprefix("unet.")
+    name = layer.removeprefix("base_model.model.").removeprefix("unet.").removeprefix("transformer.")
     if name.startswith("lora_unet_"):
         name = _from_sgm(name.removeprefix("lora_unet_")).replace("_", ".")
         for word in _WORDS:
@@ -228,7 +233,7 @@ def _unet_path(layer: str) -> str | None:
     name = name.replace(".processor.", ".")
     if name.endswith(".to_out"):  # older diffusers name the layer by its list, [Linear, Dropout]
         name += ".0"
-    return name if name.split(".")[0] in _UNET_PARTS else None
+    return name if name.split(".")[0] in _UNET_PARTS | _TRANSFORMER_PARTS else None
 
 
 def _from_sgm(name: str) -> str:

@@ -142,7 +142,9 @@ def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = True) -> FluxPipel
         base_image_seq_len=256,
         max_image_seq_len=4096,
     )
-    return FluxPipeline(scheduler, base.vae, base.text_encoder, base.tokenizer, t5, base.tokenizer, transformer)
+    pipe = FluxPipeline(scheduler, base.vae, base.text_encoder, base.tokenizer, t5, base.tokenizer, transformer)
+    pipe.default_sample_size = 8  # the class says 128
+    return pipe
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import FluxTransformer2DModel
@@ -59,10 +59,11 @@ class Flux(Flow):
 
     def attention_sites(self) -> list[AttentionSite]:
         """All blocks; in the single ones the image comes after the text."""
-        sites = []
-        for blocks, rows in (("transformer_blocks", "all"), ("single_transformer_blocks", "last")):
+        sites: list[AttentionSite] = []
+        places: dict[str, Literal["all", "last"]] = {"transformer_blocks": "all", "single_transformer_blocks": "last"}
+        for blocks, rows in places.items():
             for i in range(len(getattr(self.network, blocks))):
-                sites += [AttentionSite(f"{blocks}.{i}.attn.{layer}", rows) for layer in ("to_k", "to_v")]  # type: ignore[arg-type]
+                sites += [AttentionSite(f"{blocks}.{i}.attn.{layer}", rows) for layer in ("to_k", "to_v")]
         return sites
 
     def encode_prompts(self, prompts: Sequence[str], length: int = 0) -> Conditioning:

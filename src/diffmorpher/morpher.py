@@ -21,6 +21,7 @@ from .errors import ConfigError
 from .files.loras import Lora, load_lora
 from .files.pictures import ImageSource, fit_image, image_hash, load_image
 from .gather import gather
+from .method.attention import check_mode
 from .method.fit import fit_loras
 from .method.lora import LoraBank
 from .models.catalog import ModelSpec, bare_name
@@ -336,6 +337,7 @@ class Morpher:
         _check_frames(num_frames)
         stretches_and_gaps(num_frames, len(images), loop)
         sample.check_images(len(images))
+        check_mode(self.backbone, sample.attention_mode)
         path = self.prepare(
             images,
             prompts or None,

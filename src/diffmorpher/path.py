@@ -17,6 +17,7 @@ from torch import Tensor
 from .config import SampleConfig
 from .errors import ConfigError, PathFileError
 from .files.paths import not_a_path, read_path, write_path
+from .method.attention import check_mode
 from .method.interpolate import Between
 from .method.invert import invert
 from .method.lora import LoraBank
@@ -147,6 +148,7 @@ class MorphPath:
         if len(where.alpha) == 0:
             return self.latents.new_empty(0, *self.latents.shape[1:])
         config.check_images(self.num_images)
+        check_mode(self.backbone, config.attention_mode)
         trajectory, size = self._trajectory(config.steps, progress), self.batch_size(config)
         with self.backbone.borrowed(), self._lora():
             return sample_between(

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from conftest import tiny_flux_pipeline, tiny_pipeline
 from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig
 from diffmorpher.cli.app import app
-from diffmorpher.errors import LoraError, ModelError
+from diffmorpher.errors import ConfigError, LoraError, ModelError
 from diffmorpher.files.loras import save_lora
 from diffmorpher.method.interpolate import Between, noise_between
 from diffmorpher.models.flux import Flux
@@ -140,6 +140,15 @@ def test_exact_ends_and_a_path_file(tmp_path: Path) -> None:
     got = path.sample([0, 0.5, 1.3, 2], config, "latent")
     assert torch.equal(got, loaded.sample([0, 0.5, 1.3, 2], config, "latent"))
     assert_close(got[[0, 3]], path.latents[[0, 2]], rtol=1e-4, atol=1e-4)
+
+
+def test_outer_attention_is_refused_before_the_slow_part() -> None:
+    seen: list[str] = []
+    with pytest.raises(ConfigError, match='"outer" is for U-Nets'):
+        Morpher(tiny_flux_pipeline())(
+            PICTURES, "x", 5, sample=SampleConfig(attention_mode="outer"), progress=lambda stage, *_: seen.append(stage)
+        )
+    assert not seen
 
 
 def test_what_cannot_be_used_is_named() -> None:

@@ -10,8 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..errors import ConfigError
 from ..models.backbone import AttentionSite, Backbone
 from .interpolate import Between, lerp
+
+
+def check_mode(backbone: Backbone, mode: str) -> None:
+    """Raise `ConfigError` for an attention mode that the model's attention cannot have."""
+    if mode == "outer" and not any(site.layer.startswith("up_blocks.") for site in backbone.attention_sites()):
+        raise ConfigError(
+            'the attention mode "outer" is for U-Nets (Stable Diffusion 1, 2 and XL); take "features" or "kv".'
+        )
 
 
 @contextmanager

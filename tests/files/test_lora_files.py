@@ -570,7 +570,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no tensors": (without_tensors, "holds no tensors"),
     "numbers only": (lambda path: torch.save({"step": 1, 2: torch.ones(1)}, path), "holds no tensors"),
     "text encoder only": (safetensors_of(pair("lora_te_text_model_encoder_layers_0_mlp_fc1")), "no LoRA for a U-Net"),
-    "another network": (safetensors_of(pair("transformer.transformer_blocks.0.attn.to_q")), "no LoRA for a U-Net"),
+    "another network": (safetensors_of(pair("prior.transformer_blocks.0.attn.to_q")), "no LoRA for a U-Net"),
     "another network, kohya": (safetensors_of(pair("lora_unet_double_blocks_0_img_attn")), "no LoRA for a U-Net"),
     "down alone": (of_pair(up=None), f"lacks the up matrix of layer {LAYER}"),
     "up alone": (of_pair(down=None), f"lacks the down matrix of layer {LAYER}"),

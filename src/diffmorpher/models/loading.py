@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import SD3Transformer2DModel
-from safetensors import safe_open
 
 from ..errors import ModelError
 from .backbone import Backbone
 from .catalog import CATALOG, ModelSpec, check_model
 from .flux import Flux
+from .single_file import Prediction, load_single_file, predicting
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
@@ -61,45 +61,38 @@ def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool 
     return family(pipe, name, low_memory, tf32)
 
 
-def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload: bool = False) -> tuple[Any, ModelSpec]:
+def load_pipeline(
+    model: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    offload: bool = False,
+    prediction: Prediction | None = None,
+) -> tuple[Any, ModelSpec]:
     """Load an alias, hub id, folder or .safetensors file as a diffusers pipeline.
 
-    offload: leave each network in the machine's memory while it is not at work (on a CPU this changes nothing).
-
-    A single .safetensors file holds weights alone; its configuration comes from the hub's cache, or from a folder of the
-    same name beside it (`model.safetensors`, `model/`), laid out as a diffusers model. Raises `ModelError`.
+    offload: leave each network in the machine's memory while it is not at work (on a CPU this changes nothing). prediction:
+    what the U-Net predicts; None takes what the model says. A single file is `single_file.py`'s affair. Raises `ModelError`.
     """
-    from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+    from diffusers import DiffusionPipeline
 
     check_model(model)
+    if prediction not in (None, "epsilon", "v"):
+        raise ModelError(f"the prediction {prediction!r} is not known; use epsilon or v.")
     spec = CATALOG.get(model, ModelSpec(model, ""))
     source = Path(spec.source).expanduser()
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         if source.suffix == ".safetensors":
-            folder = source.with_suffix("")
-            if folder.is_dir():
-                options |= {"config": str(folder), "local_files_only": True}
-            elif _is_sd2(source):
-                raise ModelError(
-                    f"{model} is a Stable Diffusion 2 file, which does not say whether it predicts epsilon or v; "
-                    f"put its diffusers configuration into the folder {folder}."
-                )
-            kind: Any = StableDiffusionPipeline
-            if _has(source, "conditioner.embedders.1"):
-                kind, options = StableDiffusionXLPipeline, {k: v for k, v in options.items() if "safety" not in k}
-            pipe = kind.from_single_file(str(source), dtype=dtype, **options)
+            pipe = load_single_file(source, dtype, prediction)
         else:
             place = str(source) if source.is_dir() else spec.source
             if "safety_checker" not in DiffusionPipeline.load_config(place):
                 options = {}
-            pipe = DiffusionPipeline.from_pretrained(place, dtype=dtype, **options)
+            pipe = predicting(DiffusionPipeline.from_pretrained(place, dtype=dtype, **options), prediction)
     except ModelError:
         raise
     except Exception as error:
         where = "" if source.exists() else ", and the hub could not be reached or has no such model"
-        if source.suffix == ".safetensors":
-            where = f" (its configuration may lie in the folder {source.with_suffix('')})"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
     for part in ("unet", "vae"):  # on a CPU exact networks are quicker without: benchmarks/README.md
@@ -109,16 +102,3 @@ def load_pipeline(model: str, device: torch.device, dtype: torch.dtype, offload:
         pipe.enable_model_cpu_offload(device=device)
         return pipe, spec
     return pipe.to(device), spec
-
-
-def _has(file: Path, prefix: str) -> bool:
-    """Whether a checkpoint has tensors under a name."""
-    with safe_open(file, "pt") as opened:
-        return any(key.startswith(prefix) for key in opened.keys())  # noqa: SIM118
-
-
-def _is_sd2(file: Path) -> bool:
-    """Whether an original checkpoint has Stable Diffusion 2's text encoder; its epsilon and v models look alike."""
-    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
-    with safe_open(file, "pt") as opened:
-        return key in opened.keys() and opened.get_slice(key).get_shape()[1] == 1024  # noqa: SIM118

@@ -27,6 +27,7 @@ from .method.lora import LoraBank
 from .models.catalog import ModelSpec, bare_name
 from .models.conditioning import Conditioning
 from .models.loading import as_backbone, choose_device, choose_dtype, load_pipeline
+from .models.single_file import Prediction
 from .path import MorphPath, to_pixels
 from .progress import ProgressCallback, Stopwatch
 from .recipe import VERSION as RECIPE_VERSION
@@ -55,6 +56,7 @@ class Morpher:
         self.backbone = as_backbone(pipe, name, low_memory, tf32)
         self.spec = spec or ModelSpec("", "")
         self.load_seconds = 0.0
+        self.prediction: Prediction | None = None
 
     @classmethod
     def from_pretrained(
@@ -65,16 +67,18 @@ class Morpher:
         dtype: str | torch.dtype | None = None,
         low_memory: bool = False,
         tf32: bool = False,
+        prediction: Prediction | None = None,
     ) -> Morpher:
         """Load a model: a name of the catalog ("mini" is bundled), a hub id, a folder, or a .safetensors file.
 
         device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one. low_memory, tf32: as in the
-        class. Raises `ModelError`.
+        class. prediction: "epsilon" or "v", for a file that does not say what its U-Net predicts. Raises `ModelError`.
         """
         started = time.perf_counter()
         on = choose_device(device)
-        pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on), offload=low_memory)
+        pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on), low_memory, prediction)
         morpher = cls(pipe, spec=spec, name=bare_name(str(model)), low_memory=low_memory, tf32=tf32)
+        morpher.prediction = prediction
         morpher.load_seconds = time.perf_counter() - started
         return morpher
 
@@ -257,6 +261,7 @@ class Morpher:
             "dtype": str(self.backbone.network.dtype).removeprefix("torch."),
             "low_memory": self.backbone.low_memory,
             "tf32": self.backbone.tf32,
+            **({"prediction": self.prediction} if self.prediction else {}),  # else the model says it
             **path.settings,
             "frames": num_frames,
             "sample": asdict(sample),

@@ -36,7 +36,8 @@ class Recipe:
     pictures: two files or more. prompts: one for all, one each, or none. loras: one file each, in place of fitting.
     picture_hashes, lora_hashes: of their contents, where they are known; what is found is then checked.
     size: (width, height); None for the model's. fit: None for no LoRA at all (or with `loras`). device, dtype: None for the
-    best here. origin: the file that it was read from, beside which pictures are looked for.
+    best here. prediction: None for what the model says. origin: the file that it was read from, beside which pictures are
+    looked for.
     Raises `ConfigError` for a value that cannot be.
     """
 
@@ -60,6 +61,7 @@ class Recipe:
     dtype: str | None = None
     low_memory: bool = False
     tf32: bool = False
+    prediction: Literal["epsilon", "v"] | None = None
     origin: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,8 @@ class Recipe:
     def changed(self, **typed: Any) -> Recipe:
         """The recipe with other settings, by their names in the table. None changes nothing.
 
-        With another model, what was the old one's recommendation becomes the new one's. Presets come before all else.
+        With another model, what was the old one's recommendation becomes the new one's, and what it predicts is not kept.
+        Presets come before all else.
         """
         _check_keys(typed, list(BY_NAME), "changed()")
         typed = {name: value for name, value in typed.items() if value is not None and BY_NAME[name].says(value)}
@@ -132,7 +135,9 @@ class Recipe:
             same = {f.name: getattr(now, f.name) for f in fields(mine) if getattr(mine, f.name) == getattr(was, f.name)}
             return replace(mine, **same)
 
-        return replace(self, model=model, fit=moved("fit"), sample=moved("sample"))
+        same = bare_name(model) == bare_name(self.model)  # in another place
+        prediction = self.prediction if same else None
+        return replace(self, model=model, prediction=prediction, fit=moved("fit"), sample=moved("sample"))
 
     # ---- as a file
 

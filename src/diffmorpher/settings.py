@@ -32,6 +32,7 @@ LIMITS: dict[str, dict[str, Limits]] = {section: limits_of(config) for section, 
         "seed": Limits("the seed", int, 0, 2**63 - 1, allowed="a whole number from 0 to 2^63 - 1"),
         "low_memory": Limits("low memory", bool),
         "tf32": Limits("TF32", bool),
+        "prediction": Limits("the prediction", str, choices=("epsilon", "v"), optional=True),
     }
 }
 
@@ -149,6 +150,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("guidance", "sample.guidance_scale", "Method", "Guidance",
             "Above 1 heeds the prompts more, in twice the time.", "G"),
     Setting("model", "model", "Model", "Model", "A name that 'info' lists, hub id, folder or .safetensors file.", "M"),
+    Setting("prediction", "prediction", "Model", "Prediction", "What the U-Net predicts, for files that do not say.",
+            "epsilon|v", unset="what the model says"),
     Setting("device", "device", "Model", "Device", "cpu, cuda, cuda:1, mps ...", "D", unset="the fastest present"),
     Setting("dtype", "dtype", "Model", "Dtype", "float32, bfloat16, float16.", "T", unset="float32, on CUDA 16 bits"),
     Setting("batch_size", "sample.batch_size", "Model", "Batch size", "Frames at once; lower it if memory runs out.", "B"),

@@ -53,7 +53,7 @@ def run_batch(
         if is_finished(recipe, out):
             say(f"{i}/{len(work)} {out} is there already")
             continue
-        wanted = (recipe.model, recipe.device, recipe.dtype, recipe.low_memory, recipe.tf32)
+        wanted = (recipe.model, recipe.device, recipe.dtype, recipe.low_memory, recipe.tf32, recipe.prediction)
         say(f"{i}/{len(work)} {out}")
         try:
             if morpher is None or wanted != loaded_for:

@@ -64,7 +64,7 @@ def complete(arguments: list[str]) -> list[str]:
     return filled
 
 
-@o.takes("model", "device", "steps", "lora_steps", "seed")
+@o.takes("model", "prediction", "device", "steps", "lora_steps", "seed")
 def bench(
     data: Data,
     methods: Methods,

@@ -29,6 +29,7 @@ def _argument(metavar: str, text: str) -> Any:
 
 Images = Annotated[list[Path] | None, _argument("IMAGE", "Two or more pictures, of any size.")]
 Image = Annotated[Path, _argument("IMAGE", "The picture, of any size.")]
+ModelFile = Annotated[Path | None, _argument("[FILE]", "A .safetensors file: which model it is, and how it is used.")]
 Version = Annotated[bool, typer.Option("--version", help="Print the version.", metavar=" ", show_default=False)]
 
 Out = Annotated[
@@ -73,7 +74,7 @@ Debug = Annotated[bool, _option("Other", "--debug", "Show where an error comes f
 
 #: Settings of a film in the order of the help; those that say how one LoRA is fitted; those of the model alone.
 FILM = tuple(each.name for each in SETTINGS)
-MODEL = ("model", "device", "dtype", "low_memory", "tf32")
+MODEL = ("model", "prediction", "device", "dtype", "low_memory", "tf32")
 FIT = ("lora_steps", "lora_rank", "lora_lr", "size", "resize", *MODEL, "seed")
 
 

@@ -78,6 +78,7 @@ def _key(morpher: Morpher, image: Image.Image, prompt: str, fit: FitConfig, seed
     about = {
         "model": morpher.backbone.signature(),
         "dtype": str(morpher.backbone.network.dtype),
+        **({"prediction": morpher.prediction} if morpher.prediction else {}),
         "image": image_hash(picture),
         "size": picture.size,
         "prompt": prompt,

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save_file
 
@@ -40,7 +40,7 @@ class Settings:
     """What a run of the benchmark is made with. The defaults are the protocol; with others its figures are not comparable.
 
     methods: names as `resolve_methods` gives them. frames: per film. steps: of DDIM. fit: of the LoRAs.
-    model, device: as `Morpher.from_pretrained` takes them.
+    model, device, prediction: as `Morpher.from_pretrained` takes them.
     """
 
     methods: tuple[str, ...]
@@ -50,6 +50,7 @@ class Settings:
     seed: int = 0
     model: str = "mini"
     device: str | None = None
+    prediction: Literal["epsilon", "v"] | None = None
 
     def __post_init__(self) -> None:
         if resolve_methods(",".join(self.methods)) != list(self.methods):
@@ -81,7 +82,9 @@ class Worker:
 
     def __init__(self, settings: Settings, out: Path, device: str | None = None) -> None:
         self.settings, self.out = settings, out
-        self.morpher = Morpher.from_pretrained(settings.model, device=device or settings.device)
+        self.morpher = Morpher.from_pretrained(
+            settings.model, device=device or settings.device, prediction=settings.prediction
+        )
         self.distance = perceptual_distance(str(self.morpher.backbone.device))
 
     def run_pair(self, pair: Pair) -> Iterator[tuple[str, str]]:
@@ -168,6 +171,7 @@ def result_key(pair: Pair, method: str, settings: Settings) -> str:
         "protocol": settings.protocol,
         "model": settings.model,
         "model_files": _model_digest(settings.model),
+        **({"prediction": settings.prediction} if settings.prediction else {}),
         "version": version("diffmorpher"),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conftest import tiny_pipeline
 from diffmorpher import Morpher, Recipe
@@ -46,6 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, file in PICTURES.items():
         shutil.copy(ASSETS / "demo" / f"{file}.png", f"{name}.png")
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    save_file({"decoder.conv_in.weight": torch.zeros(1)}, "my-model.safetensors")  # for 'info': it reads no weights
     quick = {"fit": FitConfig(steps=1), "sample": SampleConfig(steps=2, exact_ends=True)}
     monkeypatch.setitem(CATALOG, "mini", replace(CATALOG["mini"], source=str(tmp_path / "tiny"), **quick))
     return tmp_path / "here"

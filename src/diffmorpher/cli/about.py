@@ -12,8 +12,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from rich import box
 from rich.table import Table
 
+from ..errors import ModelError
 from ..models.catalog import CATALOG, cached_models
 from ..models.loading import default_device
+from ..models.single_file import Checkpoint
 
 
 def about_table() -> Table:
@@ -38,6 +40,31 @@ def about_table() -> Table:
             table.add_row(name, "", where)
     table.add_section()
     table.add_row("model cache", HF_HUB_CACHE)
+    return table
+
+
+def about_file(file: Path) -> Table:
+    """What one .safetensors file holds and how it is used, by its header alone. Raises `ModelError` for what is none."""
+    checkpoint = Checkpoint.read(file)
+    family, predicts = checkpoint.family, checkpoint.prediction
+    try:
+        config = checkpoint.check()
+        use = f"--model {file}, with {'the configuration in ' + str(config) if checkpoint.folder else 'nothing else'}"
+    except ModelError as error:
+        use = str(error)
+    rows = {
+        "file": f"{file.name}, {file.stat().st_size / 1e9:.3g} GB, {', '.join(sorted(checkpoint.dtypes))}",
+        "holds": family.name,
+        "predicts": (predicts or "not said") if family.config else "",
+        "use": use,
+        "but": checkpoint.few_steps,
+    }
+    table = Table(box=box.SIMPLE, show_header=False, padding=(0, 1))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, text in rows.items():
+        if text:
+            table.add_row(name, text)
     return table
 
 

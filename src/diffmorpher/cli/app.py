@@ -172,12 +172,15 @@ def fit(image: o.Image, prompt: o.Prompt, out: o.OutLora, debug: o.Debug = False
 
 
 @app.command()
-def info(debug: o.Debug = False) -> None:
-    """Versions, devices, and which models are here."""
+def info(file: o.ModelFile = None, debug: o.Debug = False) -> None:
+    """Versions, devices, and which models are here; or what a model's file holds."""
     begin(debug)
-    from .about import about_table
+    if file is not None:
+        check_model(str(file))
+    from .about import about_file, about_table
 
-    Console(markup=False, emoji=False, highlight=False).print(about_table())
+    table = about_table() if file is None else about_file(file)
+    Console(markup=False, emoji=False, highlight=False).print(table)
 
 
 @app.command()
@@ -234,7 +237,12 @@ def _load(recipe: Recipe, typed: Collection[str] = ()) -> Morpher:
 
         quiet_bars()
         return Morpher.from_pretrained(
-            recipe.model, device=device, dtype=recipe.dtype, low_memory=recipe.low_memory, tf32=recipe.tf32
+            recipe.model,
+            device=device,
+            dtype=recipe.dtype,
+            low_memory=recipe.low_memory,
+            tf32=recipe.tf32,
+            prediction=recipe.prediction,
         )
 
 

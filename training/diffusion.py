@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerBase
 
 from training import data
 from training.loop import Limits, Run, moving_average, set_learning_rate
@@ -112,9 +113,11 @@ def varied(images: Tensor, flip: Tensor, draw: torch.Generator) -> Tensor:
 
 
 @torch.inference_mode()
-def cache_latents(vae: AutoencoderKL, work: Path, pictures: list[data.Picture], variants: int, seed: int) -> Tensor:
-    """Latents float16 (variants, N, C, h, w): the pictures as they are, then varied ones. Kept in WORK/latents.pt."""
-    file = work / "latents.pt"
+def cache_latents(
+    vae: AutoencoderKL, work: Path, pictures: list[data.Picture], variants: int, seed: int, name: str = "latents.pt"
+) -> Tensor:
+    """Latents float16 (variants, N, C, h, w): the pictures as they are, then varied ones. Kept in WORK/name."""
+    file = work / name
     if file.exists():
         return torch.load(file, weights_only=True)
     device = next(vae.parameters()).device
@@ -136,50 +139,61 @@ def cache_latents(vae: AutoencoderKL, work: Path, pictures: list[data.Picture], 
     return stacked
 
 
-class DiffusionTraining:
-    """Text encoder, U-Net, their averages and optimizer, and one step."""
+def draw_batch(
+    pictures: list[data.Picture],
+    latents: Tensor,
+    batch: int,
+    caption_dropout: float,
+    draw: torch.Generator,
+    words: random.Random,
+) -> tuple[Tensor, list[str]]:
+    """Latents (batch, C, h, w), each picture as often as its weight says, and a caption for each, now and then none."""
+    weights = torch.tensor([picture.weight for picture in pictures])
+    chosen = torch.multinomial(weights, batch, replacement=len(pictures) < batch, generator=draw)
+    variant = torch.randint(0, len(latents), (batch,), generator=draw)
+    captions = [
+        "" if words.random() < caption_dropout else data.draw_caption(pictures[i], words) for i in chosen.tolist()
+    ]
+    return latents[variant, chosen], captions
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
+    """(B, length), all padded or cut to the tokenizer's own length."""
+    return tokenizer(
+        captions,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    ).input_ids
+
+
+class LatentTraining:
+    """Networks that learn from noisy latents and captions: their averages and optimizer, and one step."""
 
     def __init__(
-        self, config: DiffusionConfig, tokenizer: CLIPTokenizer, latent_shape: tuple[int, ...], device: torch.device
+        self, model: nn.ModuleDict, ema: float, learning_rate: float, plain: Iterable[nn.Module], device: torch.device
     ):
-        self.config, self.tokenizer, self.device = config, tokenizer, device
-        self.model = nn.ModuleDict(
-            {
-                "text": build_text_encoder(config, tokenizer),
-                "unet": build_unet(config, latent_shape[0], latent_shape[-1]),
-            }
-        ).to(device)
-        self.average = moving_average(self.model, config.ema)
-        unet, text = self.model["unet"], self.model["text"]
-        plain = (unet.conv_in, unet.conv_out, unet.time_embedding, text.embeddings)
-        self.optimizer = Muon(self.model, config.learning_rate, plain=plain)
-        self.scheduler = build_scheduler()
-        self.abar = self.scheduler.alphas_cumprod.to(device)
+        self.model, self.device = model.to(device), device
+        self.average = moving_average(self.model, ema)
+        self.optimizer = Muon(self.model, learning_rate, plain=plain)
 
     def parts(self) -> dict[str, object]:
         return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
 
+    def times(self, even: Tensor, draw: torch.Generator) -> Tensor:
+        """The batch's times, from draws that are spread evenly over [0, 1)."""
+        raise NotImplementedError
+
     def loss(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
-        """The min-SNR-weighted error of the predicted velocity, a scalar."""
-        tokens = self.tokenizer(
-            captions, padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        )
-        abar = self.abar[t].view(-1, 1, 1, 1)
-        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
-        target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
-        with torch.autocast(self.device.type, torch.bfloat16):
-            embeddings = model["text"](tokens.input_ids.to(self.device)).last_hidden_state
-            predicted = model["unet"](noisy, t, embeddings).sample
-        snr = self.abar[t] / (1 - self.abar[t])
-        weight = snr.clamp(max=self.config.snr_limit) / (snr + 1)
-        return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
+        raise NotImplementedError
 
     def step(self, latents: Tensor, captions: list[str], rate: float, draw: torch.Generator) -> Tensor:
         """One step on latents (B, C, h, w) and their captions; returns the loss."""
         latents = latents.to(self.device, torch.float32)
         count = len(latents)
-        # Timesteps spread evenly over the batch: the same expectation with less scatter.
-        t = ((torch.arange(count) + torch.rand(count, generator=draw)) / count * len(self.abar)).long()
+        # Times spread evenly over the batch: the same expectation with less scatter.
+        t = self.times((torch.arange(count) + torch.rand(count, generator=draw)) / count, draw)
         noise = torch.randn(latents.shape, generator=draw)
         loss = self.loss(self.model, latents, captions, t.to(self.device), noise.to(self.device))
         set_learning_rate(self.optimizer, rate)
@@ -189,6 +203,38 @@ class DiffusionTraining:
         self.optimizer.step()
         self.average.update_parameters(self.model)
         return loss.detach()
+
+
+class DiffusionTraining(LatentTraining):
+    """Text encoder and U-Net."""
+
+    def __init__(
+        self, config: DiffusionConfig, tokenizer: CLIPTokenizer, latent_shape: tuple[int, ...], device: torch.device
+    ):
+        self.config, self.tokenizer = config, tokenizer
+        text = build_text_encoder(config, tokenizer)
+        unet = build_unet(config, latent_shape[0], latent_shape[-1])
+        plain = (unet.conv_in, unet.conv_out, unet.time_embedding, text.embeddings)
+        model = nn.ModuleDict({"text": text, "unet": unet})
+        super().__init__(model, config.ema, config.learning_rate, plain, device)
+        self.scheduler = build_scheduler()
+        self.abar = self.scheduler.alphas_cumprod.to(device)
+
+    def times(self, even: Tensor, draw: torch.Generator) -> Tensor:
+        return (even * len(self.abar)).long()
+
+    def loss(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
+        """The min-SNR-weighted error of the predicted velocity, a scalar."""
+        tokens = token_ids(self.tokenizer, captions).to(self.device)
+        abar = self.abar[t].view(-1, 1, 1, 1)
+        noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
+        target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
+        with torch.autocast(self.device.type, torch.bfloat16):
+            embeddings = model["text"](tokens).last_hidden_state
+            predicted = model["unet"](noisy, t, embeddings).sample
+        snr = self.abar[t] / (1 - self.abar[t])
+        weight = snr.clamp(max=self.config.snr_limit) / (snr + 1)
+        return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
 
 
 def main() -> None:
@@ -206,20 +252,14 @@ def main() -> None:
     tokenizer.save_pretrained(args.work / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device)
     latents = cache_latents(vae, args.work, training, config.variants, args.seed)
-    weights = torch.tensor([picture.weight for picture in training])
 
     part = DiffusionTraining(config, tokenizer, tuple(latents.shape[2:]), device)
     run = Run(args.work / "diffusion", part.parts(), Limits.of(args))
     draw = torch.Generator().manual_seed(args.seed + run.step)
     words = random.Random(args.seed + run.step)
     for _ in run.steps(log_every=50):
-        chosen = torch.multinomial(weights, config.batch, replacement=len(training) < config.batch, generator=draw)
-        variant = torch.randint(0, len(latents), (config.batch,), generator=draw)
-        captions = [
-            "" if words.random() < config.caption_dropout else data.draw_caption(training[i], words)
-            for i in chosen.tolist()
-        ]
-        run.record(loss=part.step(latents[variant, chosen], captions, run.learning_rate(config.learning_rate), draw))
+        batch = draw_batch(training, latents, config.batch, config.caption_dropout, draw, words)
+        run.record(loss=part.step(*batch, run.learning_rate(config.learning_rate), draw))
     part.average.module["unet"].save_pretrained(args.work / "unet")
     part.average.module["text"].save_pretrained(args.work / "text_encoder")
     print(f"Wrote {args.work / 'unet'} and {args.work / 'text_encoder'}, after {run.step} steps.")

@@ -139,14 +139,7 @@ class Run:
         shutil.rmtree(old, ignore_errors=True)
 
     def _load(self) -> None:
-        folder = self.folder / "checkpoint"
-        about = json.loads((folder / "about.json").read_text())
-        data = b"".join((folder / name).read_bytes() for name in about["parts"])
-        if hashlib.sha256(data).hexdigest() != about["sha256"]:
-            raise SystemExit(
-                f"{folder} is damaged: its parts do not have the digest in about.json. Delete it to start over."
-            )
-        states = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        states, about = read_checkpoint(self.folder)
         for name, part in self.parts.items():
             if name in states:  # a slim checkpoint has no optimizer
                 part.load_state_dict(states[name])
@@ -162,6 +155,18 @@ class Run:
 
     def _stop(self, *_: object) -> None:
         self.stopped = True
+
+
+def read_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the parts' states, what about.json says) of the last checkpoint of a run's folder; changes nothing there."""
+    folder = folder / "checkpoint"
+    about = json.loads((folder / "about.json").read_text())
+    data = b"".join((folder / name).read_bytes() for name in about["parts"])
+    if hashlib.sha256(data).hexdigest() != about["sha256"]:
+        raise SystemExit(
+            f"{folder} is damaged: its parts do not have the digest in about.json. Delete it to start over."
+        )
+    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), about
 
 
 def moving_average(model: torch.nn.Module, decay: float = 0.999) -> AveragedModel:

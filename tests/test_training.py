@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from conftest import ASSETS
 from diffmorpher import Morpher
@@ -22,10 +23,10 @@ from diffmorpher import Morpher
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # training/ is beside the package, not in it
 
-from training import data  # noqa: E402
+from training import data, flow  # noqa: E402
 from training.autoencoder import CONFIGS, build, fold_latent_statistics, psnr, reconstruct  # noqa: E402
-from training.diffusion import build_tokenizer, varied  # noqa: E402
-from training.loop import Limits, Run, moving_average  # noqa: E402
+from training.diffusion import build_tokenizer, token_ids, varied  # noqa: E402
+from training.loop import Limits, Run, moving_average, read_checkpoint  # noqa: E402
 from training.optim import Muon, orthogonal  # noqa: E402
 
 
@@ -236,3 +237,112 @@ def test_images_are_read_on_white(work: Path) -> None:
     images = data.read_images(work, pictures, 64)
     assert images.shape == (8, 3, 64, 64) and images.dtype == np.uint8
     assert (images[:, :, 0, 0] == 255).all()
+
+
+def test_a_flow_model_in_slices_and_as_diffusers_loads_it(work: Path, tmp_path: Path) -> None:
+    """Two slices end with the bytes of one go; the folder holds the averaged weights and makes a picture as any FLUX folder."""
+    slices, once = (shutil.copytree(work, tmp_path / name) for name in ("slices", "once"))
+    for folder, *arguments in ((slices, "--slice", 1e-5), (slices,), (once,)):
+        done = run("flow", folder, "--preset", "tiny", "--steps", "3", *arguments)
+        assert done.returncode == 0, done.stderr
+        assert read_checkpoint(folder / "flow")[1]["step"] == (1 if arguments else 3)
+    states, expected = (read_checkpoint(folder / "flow")[0] for folder in (slices, once))
+    for part in ("model", "average"):
+        torch.testing.assert_close(states[part], expected[part], rtol=0, atol=0)
+
+    done = run("export", slices, "--flow")
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) not in "".join(file.read_text() for file in (slices / "mini-flow").rglob("*.json"))
+    pipe = FluxPipeline.from_pretrained(slices / "mini-flow")
+    assert pipe.vae_scale_factor == 8 and pipe.vae.config.sample_size == 128
+    assert pipe.scheduler.config.shift == 1 and not pipe.scheduler.config.use_dynamic_shifting
+    for name, module in (("transformer", pipe.transformer), ("text", pipe.text_encoder_2)):
+        for key, value in module.state_dict().items():
+            trained = expected["average"][f"module.{name}.{key}"]
+            torch.testing.assert_close(value, trained.half().float(), rtol=0, atol=0)
+    bundled = AutoencoderKL.from_pretrained(ASSETS / "mini/vae").state_dict()
+    torch.testing.assert_close(dict(pipe.vae.state_dict()), dict(bundled), rtol=0, atol=0)
+    latents = torch.load(slices / "flow/latents.pt").float()
+    scaled = (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
+    assert scaled.mean().abs() < 1e-3 and scaled.std() == pytest.approx(1, abs=1e-3)
+    picture = pipe(
+        "a red apple",
+        height=128,
+        width=128,
+        num_inference_steps=2,
+        max_sequence_length=pipe.tokenizer_2.model_max_length,
+    ).images[0]
+    assert picture.size == (128, 128)
+
+
+@pytest.fixture
+def tiny_flow() -> flow.FlowTraining:
+    torch.manual_seed(0)
+    config = flow.CONFIGS["tiny"]
+    tokenizers = CLIPTokenizer.from_pretrained(ASSETS / "mini/tokenizer"), flow.build_tokenizer(["a red apple"], 100)
+    pooling = CLIPTextModel.from_pretrained(ASSETS / "mini/text_encoder", dtype=torch.float32)
+    return flow.FlowTraining(config, tokenizers, pooling, 8, torch.device("cpu"))
+
+
+def test_a_flow_is_trained_on_what_the_pipeline_gives_it(tiny_flow: flow.FlowTraining) -> None:
+    """One Euler step of diffusers' pipeline from s = 0.7 misses x_0 by 0.7 times the velocity's error."""
+    draw = torch.Generator().manual_seed(0)
+    for parameter in tiny_flow.model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=draw)
+    pipe = FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(),
+        AutoencoderKL.from_pretrained(ASSETS / "mini/vae"),
+        tiny_flow.pooling,
+        tiny_flow.tokenizers[0],
+        tiny_flow.model["text"],
+        tiny_flow.tokenizers[1],
+        tiny_flow.model["transformer"],
+    )
+    pipe.set_progress_bar_config(disable=True)
+    captions, s = ["a red apple", ""], 0.7
+    latents, noise = torch.randn(2, 2, 8, 16, 16, generator=draw)
+    found = pipe(
+        captions,
+        height=128,
+        width=128,
+        sigmas=[s],
+        latents=flow.pack(torch.lerp(latents, noise, s)),
+        num_inference_steps=1,
+        max_sequence_length=flow.MAX_TOKENS,
+        output_type="latent",
+    ).images
+    with torch.no_grad():
+        errors = tiny_flow.errors(tiny_flow.model, latents, captions, torch.full((2,), s), noise)
+    expected = ((found - flow.pack(latents)) / s).square().mean((1, 2))
+    torch.testing.assert_close(errors, expected, rtol=2e-3, atol=0)  # bfloat16 there, float32 here
+    assert abs(expected[0] - expected[1]) > 1e-2 * expected[0], "the caption makes a difference"
+
+
+def test_a_flow_learns(tiny_flow: flow.FlowTraining) -> None:
+    draw = torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 8, 1, 1, generator=draw).expand(4, 8, 16, 16)
+    before = tiny_flow.check(latents, ["a red apple"] * 4).mean()
+    assert before == pytest.approx(1 + latents.square().mean().item(), rel=0.1)  # it predicts nothing at first
+    for _ in range(30):
+        tiny_flow.step(latents, ["a red apple"] * 4, 1e-2, draw)
+    assert tiny_flow.check(latents, ["a red apple"] * 4).mean() < 0.8 * before
+
+
+def test_times_of_a_flow(tiny_flow: flow.FlowTraining) -> None:
+    even = (torch.arange(10_000) + 0.5) / 10_000
+    s = tiny_flow.times(even, torch.Generator().manual_seed(0))
+    assert 0 < s.min() and s.max() < 1 and s.mean() == pytest.approx(0.5, abs=0.01)
+    middle = 0.5 * 0.5 + 0.5 * 0.7286  # a normal draw is within log(3) with 0.728, and is then between 1/4 and 3/4
+    assert ((s > 0.25) & (s < 0.75)).float().mean() == pytest.approx(middle, abs=0.01)
+
+
+def test_a_tokenizer_of_whole_words(tmp_path: Path) -> None:
+    made = flow.build_tokenizer(["dog face, pet", "cat face", "red dog"], 40)
+    made.save_pretrained(tmp_path)
+    for tokenizer in (made, type(made).from_pretrained(tmp_path)):
+        assert tokenizer.tokenize("Red dog, face") == ["▁red", "▁dog", ",", "▁face"]
+        assert tokenizer.tokenize("doge") == ["▁dog", "e"]
+        assert tokenizer.decode(tokenizer("red dog").input_ids, skip_special_tokens=True) == "red dog"
+        ids = token_ids(tokenizer, ["", "dog " * 99])
+        assert ids.shape == (2, flow.MAX_TOKENS)
+        assert ids[0].tolist() == [1, *[0] * (flow.MAX_TOKENS - 1)] and ids[1, -1] == 1

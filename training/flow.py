@@ -41,7 +41,7 @@ class FlowConfig:
     text_layers: int = 2
     vocabulary: int = 2600
     batch: int = 48
-    learning_rate: float = 3e-3
+    learning_rate: float = 4e-3
     ema: float = 0.999
     logit_normal: float = 0.5  # share of the times that is drawn around the middle, the others evenly
     caption_dropout: float = 0.1

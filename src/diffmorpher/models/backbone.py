@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
 from .conditioning import Conditioning
 from .group_norm import exact_group_norm
 from .levels import Level, NoiseSchedule, Prediction
@@ -43,6 +44,12 @@ class Backbone(ABC):
     `unet_rows` counts the rows of every batch of the network so far; a row that is trained on (forward and backward) counts 3.
     """
 
+    family: ClassVar[str]  # for people
+    network_part: ClassVar[str]  # what a pipeline, and a LoRA file, calls the network: "unet" or "transformer"
+    network_class: ClassVar[type]
+    needed: ClassVar[tuple[str, ...]]  # parts that a pipeline must have
+    optional: ClassVar[tuple[str, ...]] = ()
+
     network: Any  # the U-Net or transformer: what LoRAs and attention mixing attach to
     vae: Any
     parts: tuple[Any, ...]  # all networks of the pipeline
@@ -51,12 +58,31 @@ class Backbone(ABC):
     smallest_side: int  # the smallest working size in pixels
     num_train_timesteps: int
 
-    lora_prefix: ClassVar[str]  # what diffusers calls the network in a LoRA file
     lora_layers: ClassVar[tuple[str, ...]]  # ends of the paths of layers that a LoRA is fitted to
     embeds_guidance: bool = False  # guidance is a number that the network is told, not a second row of the batch
     inversion: ClassVar[Literal["plain", "uni"]] = "plain"  # see `method.invert`
 
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
+        kind, called = type(pipe).__name__, {"unet": "U-Net"}.get(self.network_part, self.network_part)
+        missing = [part for part in self.needed if getattr(pipe, part, None) is None]
+        if missing or not isinstance(getattr(pipe, self.network_part), self.network_class):
+            lacks = ", ".join(missing) or f"a {self.network_class.__name__}"
+            raise ModelError(f"{kind} is not a {self.family} pipeline (it lacks {lacks}).")
+        self.network, self.vae = getattr(pipe, self.network_part), pipe.vae
+        modules = [getattr(pipe, part, None) for part in (*self.needed, *self.optional)]
+        self.parts = tuple(module for module in modules if isinstance(module, nn.Module))
+        self.vae_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        if any(getattr(m, "fused_projections", False) for m in self.network.modules()):
+            raise ModelError(f"the {called}'s projections are fused; call pipe.unfuse_qkv_projections() first.")
+        if any(hasattr(m, "base_layer") for m in self.network.modules()):
+            raise ModelError(
+                f"the {called} has LoRA adapters loaded; call pipe.unload_lora_weights() first (after pipe.fuse_lora() to "
+                "keep them)."
+            )
+        if self.network.device.type == "meta":
+            raise ModelError(
+                f"the {called} is under sequential offload, which is not supported; use model offload or none."
+            )
         self.pipe = pipe
         self.low_memory, self.tf32 = low_memory, tf32
         self.name = name or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
@@ -75,8 +101,13 @@ class Backbone(ABC):
         """The size the model was trained at, (width, height) in pixels. Raises `ModelError` where it does not say."""
 
     @abstractmethod
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """The weights of the network's first layer and of its last, by which models are told apart."""
+
     def signature(self) -> dict[str, list[float]]:
         """The network's sizes and some of its weights, to be stored with what belongs to this model."""
+        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in self.ends()]
+        return {"sizes": [float(size) for w in self.ends() for size in w.shape], "weights": sampled[0] + sampled[1]}
 
     def has_signature(self, signature: dict[str, list[float]]) -> bool:
         """Whether a stored `signature` is this model's, in whatever dtype each was loaded."""
@@ -95,11 +126,7 @@ class Backbone(ABC):
 
     def projections(self) -> dict[str, nn.Linear]:
         """The layers that a LoRA is fitted to, by module path: the image's queries, keys, values and outputs."""
-        return {
-            name: module
-            for name, module in self.network.named_modules()
-            if name.endswith(self.lora_layers) and hasattr(module, "in_features")
-        }
+        return {name: module for name, module in self.network.named_modules() if name.endswith(self.lora_layers)}
 
     @abstractmethod
     def attention_sites(self) -> list[AttentionSite]:

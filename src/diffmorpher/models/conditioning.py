@@ -41,9 +41,6 @@ class Conditioning:
         """The only row as `rows` rows."""
         return self._each(lambda x: x.expand(rows, *x.shape[1:]))
 
-    def to(self, device: torch.device) -> Conditioning:
-        return self._each(lambda x: x.to(device))
-
     def lerp(self, left: Tensor, right: Tensor, alpha: Tensor) -> Conditioning:
         """Row b is `(1 - alpha_b)` of row `left_b` and `alpha_b` of row `right_b` (method, section 6)."""
 

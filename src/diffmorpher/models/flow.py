@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .backbone import Backbone
-from .levels import Level, NoiseSchedule, Prediction, flow_grid, flow_level
+from .levels import Level, NoiseSchedule, Prediction
 
 
 class Flow(Backbone):
@@ -16,18 +16,19 @@ class Flow(Backbone):
     an inversion loses the picture.
     """
 
+    network_part = "transformer"
     num_train_timesteps = 1000  # of which the fit draws; the network takes any s
     inversion = "uni"
     time_scale = 1.0  # the network's time of s = 1
-    grid_power = 1.0
 
     def schedule(self, steps: int) -> NoiseSchedule:
-        grid = [float(s) for s in flow_grid(torch.arange(steps + 1) / steps, self.grid_power)]
+        grid = [i / steps for i in range(steps + 1)]
         return NoiseSchedule.straight([Level(1 - s, s, s * self.time_scale) for s in grid])
 
     def level(self, t: Tensor) -> Level:
-        s = flow_grid((t + 0.5) / self.num_train_timesteps, self.grid_power).float()
-        return flow_level(s, s * self.time_scale)
+        s = (t + 0.5) / self.num_train_timesteps
+        per_row = s.reshape(-1, 1, 1, 1)
+        return Level(1 - per_row, per_row, s * self.time_scale)
 
     def prediction(self, output: Tensor, latents: Tensor, level: Level) -> Prediction:
         return Prediction(latents - level.s * output, latents + level.a * output)

@@ -16,21 +16,18 @@ from .flow import Flow
 from .levels import Level
 from .text import tokenized
 
-_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
 
 class Flux(Flow):
     """A FLUX.1 pipeline as the method sees it. Raises `ModelError` for another kind, and for the distilled schnell."""
 
-    lora_prefix = "transformer"
+    family = "FLUX.1"
+    network_class = FluxTransformer2DModel
+    needed = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     lora_layers = (".attn.to_q", ".attn.to_k", ".attn.to_v", ".attn.to_out.0")
 
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
-        missing = [part for part in _PARTS if getattr(pipe, part, None) is None]
-        if missing or not isinstance(pipe.transformer, FluxTransformer2DModel):
-            lacks = ", ".join(missing) or "a FluxTransformer2DModel"
-            raise ModelError(f"{type(pipe).__name__} is not a FLUX.1 pipeline (it lacks {lacks}).")
-        config = pipe.transformer.config
+        super().__init__(pipe, name, low_memory, tf32)
+        config = self.network.config
         if config.in_channels != 4 * pipe.vae.config.latent_channels:
             raise ModelError(
                 f"the transformer takes {config.in_channels} channels for {4 * pipe.vae.config.latent_channels} of the "
@@ -38,12 +35,6 @@ class Flux(Flow):
             )
         if config.num_layers == 19 and not config.guidance_embeds:
             raise ModelError("FLUX.1-schnell is distilled to a few steps, which cannot be inverted; use FLUX.1-dev.")
-        if any(hasattr(m, "base_layer") for m in pipe.transformer.modules()):
-            raise ModelError("the transformer has LoRA adapters loaded; call pipe.unload_lora_weights() first.")
-        super().__init__(pipe, name, low_memory, tf32)
-        self.network, self.vae = pipe.transformer, pipe.vae
-        self.parts = (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2)
-        self.vae_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.size_multiple = self.smallest_side = 2 * self.vae_factor
         self.embeds_guidance = bool(config.guidance_embeds)
 
@@ -52,10 +43,8 @@ class Flux(Flow):
         side = self.pipe.default_sample_size * self.vae_factor
         return side, side
 
-    def signature(self) -> dict[str, list[float]]:
-        parts = (self.network.x_embedder.weight, self.network.proj_out.weight)
-        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in parts]
-        return {"sizes": [float(size) for w in parts for size in w.shape], "weights": sampled[0] + sampled[1]}
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return self.network.x_embedder.weight, self.network.proj_out.weight
 
     def attention_sites(self) -> list[AttentionSite]:
         """All blocks; in the single ones the image comes after the text."""

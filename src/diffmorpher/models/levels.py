@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -91,14 +90,3 @@ class NoiseSchedule:
         if self.flow:
             return z + (here.s - below.s) * (prediction.noise - prediction.clean)
         return here.noised((z - below.s * prediction.noise) / below.a, prediction.noise)
-
-
-def flow_level(s: Tensor, time: Tensor) -> Level:
-    """A level of a flow for each row: s and the network's time, both (B,)."""
-    s = s.reshape(-1, 1, 1, 1)
-    return Level(1 - s, s, time)
-
-
-def flow_grid(u: Tensor, power: float) -> Tensor:
-    """`s = u^power`, u in [0, 1]: a power above 1 sets the levels closer near the picture."""
-    return torch.as_tensor(u, dtype=torch.float64) ** power

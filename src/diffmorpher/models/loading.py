@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import SD3Transformer2DModel
 
 from ..errors import ModelError
 from .backbone import Backbone
@@ -16,6 +15,9 @@ from .single_file import Prediction, load_single_file, predicting
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+
+UNETS: tuple[type[Backbone], ...] = (StableDiffusion, StableDiffusionXL)
+FLOWS: tuple[type[Backbone], ...] = (StableDiffusion3, Flux)
 
 
 def default_device() -> torch.device:
@@ -53,12 +55,15 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
 
 def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> Backbone:
     """A pipeline as the method sees it, by its family. Raises `ModelError` for one of a family that is not known."""
-    if hasattr(pipe, "transformer"):
-        flow = StableDiffusion3 if isinstance(pipe.transformer, SD3Transformer2DModel) else Flux
-        return flow(pipe, name, low_memory, tf32)
-    xl = getattr(pipe, "text_encoder_2", None) is not None and getattr(pipe, "unet", None) is not None
-    family = StableDiffusionXL if xl else StableDiffusion
-    return family(pipe, name, low_memory, tf32)
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is not None:
+        family = next((each for each in FLOWS if isinstance(transformer, each.network_class)), None)
+        if family is None:
+            names = ", ".join(each.family for each in UNETS + FLOWS)
+            raise ModelError(f"{type(pipe).__name__} is of a family that is not supported; there are {names}.")
+        return family(pipe, name, low_memory, tf32)
+    xl = getattr(pipe, "text_encoder_2", None) is not None
+    return UNETS[xl](pipe, name, low_memory, tf32)
 
 
 def load_pipeline(

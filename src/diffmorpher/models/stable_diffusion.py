@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 
 from ..errors import ModelError
@@ -28,18 +28,19 @@ class StableDiffusion(Backbone):
 
     needed: ClassVar[tuple[str, ...]] = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
     family: ClassVar[str] = "Stable Diffusion 1.x or 2.x"
-    lora_prefix = "unet"
+    network_part, network_class = "unet", UNet2DConditionModel
     lora_layers = tuple(
         f".{attn}.{layer}" for attn in ("attn1", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
     )
 
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
-        _check_kind(pipe, self.needed, self.family)
         super().__init__(pipe, name, low_memory, tf32)
-        self.network: UNet2DConditionModel = pipe.unet
-        self.vae: AutoencoderKL = pipe.vae
-        self.parts = (pipe.unet, pipe.vae, pipe.text_encoder)
-        self.vae_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+        unet, vae = self.network.config, self.vae.config
+        if unet.in_channels != vae.latent_channels:
+            raise ModelError(
+                f"the U-Net takes {unet.in_channels} channels where the VAE gives {vae.latent_channels}; inpainting and "
+                "depth models cannot be used, take the text-to-image model they were made from."
+            )
         self.size_multiple = self.vae_factor
         self.smallest_side = self.vae_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
         # The sampler is DDIM by name, whatever the checkpoint ships with: inversion needs the same solver.
@@ -63,10 +64,8 @@ class StableDiffusion(Backbone):
         h, w = (sample, sample) if isinstance(sample, int) else sample
         return w * self.vae_factor, h * self.vae_factor
 
-    def signature(self) -> dict[str, list[float]]:
-        parts = (self.network.conv_in.weight, self.network.conv_out.weight)
-        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in parts]
-        return {"sizes": [float(size) for w in parts for size in w.shape], "weights": sampled[0] + sampled[1]}
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return self.network.conv_in.weight, self.network.conv_out.weight
 
     def schedule(self, steps: int) -> NoiseSchedule:
         self._scheduler.set_timesteps(steps)
@@ -121,26 +120,3 @@ class StableDiffusion(Backbone):
         """The noise, or the velocity `a_t eps - s_t x_0`."""
         level = self.level(t)
         return eps if self.prediction_type == "epsilon" else level.a * eps - level.s * x_0
-
-
-def _check_kind(pipe: Any, needed: Sequence[str], family: str) -> None:
-    """Raise `ModelError`, saying what to do, for a pipeline that cannot be used."""
-    kind = type(pipe).__name__
-    missing = [part for part in needed if getattr(pipe, part, None) is None]
-    if missing or not isinstance(pipe.unet, UNet2DConditionModel):
-        lacks = ", ".join(missing) or "a UNet2DConditionModel"
-        raise ModelError(f"{kind} is not a {family} pipeline (it lacks {lacks}).")
-    unet, vae = pipe.unet.config, pipe.vae.config
-    if unet.in_channels != vae.latent_channels:
-        raise ModelError(
-            f"the U-Net takes {unet.in_channels} channels where the VAE gives {vae.latent_channels}; inpainting and "
-            "depth models cannot be used, take the text-to-image model they were made from."
-        )
-    if any(getattr(m, "fused_projections", False) for m in pipe.unet.modules()):
-        raise ModelError("the U-Net's projections are fused; call pipe.unfuse_qkv_projections() first.")
-    if any(hasattr(m, "base_layer") for m in pipe.unet.modules()):
-        raise ModelError(
-            "the U-Net has LoRA adapters loaded; call pipe.unload_lora_weights() first (after pipe.fuse_lora() to keep them)."
-        )
-    if pipe.unet.device.type == "meta":
-        raise ModelError("the U-Net is under sequential offload, which is not supported; use model offload or none.")

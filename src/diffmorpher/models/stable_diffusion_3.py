@@ -15,40 +15,31 @@ from .conditioning import Conditioning
 from .flow import Flow
 from .levels import Level
 
-_PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-
 
 class StableDiffusion3(Flow):
     """A Stable Diffusion 3 or 3.5 pipeline as the method sees it, with or without T5. Raises `ModelError` for another kind."""
 
-    lora_prefix = "transformer"
+    family = "Stable Diffusion 3"
+    network_class = SD3Transformer2DModel
+    needed = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    optional = ("text_encoder_3",)
     lora_layers = tuple(
         f".{attn}.{layer}" for attn in ("attn", "attn2") for layer in ("to_q", "to_k", "to_v", "to_out.0")
     )
     time_scale = 1000.0
 
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
-        missing = [part for part in _PARTS if getattr(pipe, part, None) is None]
-        if missing or not isinstance(pipe.transformer, SD3Transformer2DModel):
-            lacks = ", ".join(missing) or "an SD3Transformer2DModel"
-            raise ModelError(f"{type(pipe).__name__} is not a Stable Diffusion 3 pipeline (it lacks {lacks}).")
-        config = pipe.transformer.config
+        super().__init__(pipe, name, low_memory, tf32)
+        config = self.network.config
         if config.in_channels != pipe.vae.config.latent_channels:
             raise ModelError(
                 f"the transformer takes {config.in_channels} channels where the VAE gives "
                 f"{pipe.vae.config.latent_channels}; take the text-to-image model that it was made from."
             )
-        if any(hasattr(m, "base_layer") for m in pipe.transformer.modules()):
-            raise ModelError("the transformer has LoRA adapters loaded; call pipe.unload_lora_weights() first.")
-        super().__init__(pipe, name, low_memory, tf32)
         if "turbo" in self.name.lower():
             raise ModelError(
                 f"{self.name} is distilled to a few steps, which cannot be inverted; use the model without turbo."
             )
-        self.network, self.vae = pipe.transformer, pipe.vae
-        encoders = (pipe.text_encoder, pipe.text_encoder_2, getattr(pipe, "text_encoder_3", None))
-        self.parts = (pipe.transformer, pipe.vae, *(encoder for encoder in encoders if encoder is not None))
-        self.vae_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
         self.size_multiple = self.smallest_side = config.patch_size * self.vae_factor
 
     @property
@@ -56,10 +47,8 @@ class StableDiffusion3(Flow):
         side = self.network.config.sample_size * self.vae_factor
         return side, side
 
-    def signature(self) -> dict[str, list[float]]:
-        parts = (self.network.pos_embed.proj.weight, self.network.proj_out.weight)
-        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in parts]
-        return {"sizes": [float(size) for w in parts for size in w.shape], "weights": sampled[0] + sampled[1]}
+    def ends(self) -> tuple[Tensor, Tensor]:
+        return self.network.pos_embed.proj.weight, self.network.proj_out.weight
 
     def attention_sites(self) -> list[AttentionSite]:
         """All blocks; text has projections of its own. 3.5-medium's first blocks attend to the image alone once more."""

@@ -31,7 +31,6 @@ class StableDiffusionXL(StableDiffusion):
                 "this is Stable Diffusion XL's refiner, or a pipeline without its first text encoder; use the base model."
             )
         super().__init__(pipe, name, low_memory, tf32)
-        self.parts = (*self.parts, pipe.text_encoder_2)
 
     def encode_prompts(self, prompts: Sequence[str], length: int = 0) -> Conditioning:
         """`text`: both encoders' last hidden states but one, side by side; `pooled`: the second's projection."""

@@ -14,6 +14,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -145,6 +147,23 @@ def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = True) -> FluxPipel
     pipe = FluxPipeline(scheduler, base.vae, base.text_encoder, base.tokenizer, t5, base.tokenizer, transformer)
     pipe.default_sample_size = 8  # the class says 128
     return pipe
+
+
+def tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
+    """A pipeline of Stable Diffusion 3.5-medium's layout with random weights: one block of two attends to the image twice."""
+    xl, base = tiny_xl_pipeline(seed), tiny_pipeline(seed=seed, shift_factor=0.1)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=48, out_channels=4,
+        pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
+    ).eval()  # fmt: skip
+    third = T5EncoderModel(
+        T5Config(vocab_size=len(base.tokenizer), d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ).eval()
+    return StableDiffusion3Pipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), base.vae, xl.text_encoder_2, base.tokenizer,
+        xl.text_encoder_2, base.tokenizer, third if t5 else None, base.tokenizer if t5 else None,
+    )  # fmt: skip
 
 
 @pytest.fixture

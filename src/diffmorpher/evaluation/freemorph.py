@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..method.attention import project, project_out, self_attention
+from ..method.attention import check_unet, project, project_out, self_attention
 from ..method.interpolate import Between, slerp
 from ..models.backbone import Backbone
 from ..models.conditioning import Conditioning
@@ -90,6 +90,7 @@ def freemorph(
     images: two, at the model's working size. guidance: classifier-free, of the way back; 1 is off.
     Returns (count, 3, H, W) float32 in [-1, 1], and the alphas.
     """
+    check_unet(backbone, "FreeMorph", "leave this method out")
     frames, pixels = count - 2, to_pixels(images)
     where = Between.images([0.0, 1.0, *((j + 1) / (count - 1) for j in range(frames))], 2)
     with backbone.borrowed():

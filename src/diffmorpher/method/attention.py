@@ -17,10 +17,14 @@ from .interpolate import Between, lerp
 
 def check_mode(backbone: Backbone, mode: str) -> None:
     """Raise `ConfigError` for an attention mode that the model's attention cannot have."""
-    if mode == "outer" and not any(site.layer.startswith("up_blocks.") for site in backbone.attention_sites()):
-        raise ConfigError(
-            'the attention mode "outer" is for U-Nets (Stable Diffusion 1, 2 and XL); take "features" or "kv".'
-        )
+    if mode == "outer":
+        check_unet(backbone, 'the attention mode "outer"', 'take "features" or "kv"')
+
+
+def check_unet(backbone: Backbone, what: str, instead: str) -> None:
+    """Raise `ConfigError` if the network is no U-Net, whose self-attention layers have no text in them."""
+    if backbone.network_part != "unet":
+        raise ConfigError(f"{what} is for U-Nets (Stable Diffusion 1, 2 and XL), not for {backbone.family}: {instead}.")
 
 
 @contextmanager

@@ -31,7 +31,7 @@ class Flux(Flow):
         if config.in_channels != 4 * pipe.vae.config.latent_channels:
             raise ModelError(
                 f"the transformer takes {config.in_channels} channels for {4 * pipe.vae.config.latent_channels} of the "
-                "latents; fill, depth, canny and edit variants cannot be used, take FLUX.1-dev."
+                "latents; fill, depth and canny models cannot be used, take FLUX.1-dev."
             )
         if config.num_layers == 19 and not config.guidance_embeds:
             raise ModelError("FLUX.1-schnell is distilled to a few steps, which cannot be inverted; use FLUX.1-dev.")

@@ -1,13 +1,17 @@
-"""The recipe of the bundled model: two steps of each part on real pictures, from the command line, in real processes."""
+"""The recipe of the bundled model: two steps of each part on real pictures, from the command line."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +29,31 @@ sys.path.insert(0, str(ROOT))  # training/ is beside the package, not in it
 
 from training import data, flow  # noqa: E402
 from training.autoencoder import CONFIGS, build, fold_latent_statistics, psnr, reconstruct  # noqa: E402
-from training.diffusion import build_tokenizer, token_ids, varied  # noqa: E402
+from training.diffusion import CONFIGS as DIFFUSION  # noqa: E402
+from training.diffusion import DiffusionTraining, build_tokenizer, token_ids, varied  # noqa: E402
 from training.loop import Limits, Run, moving_average, read_checkpoint  # noqa: E402
 from training.optim import Muon, orthogonal  # noqa: E402
 
 
-def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run(module: str, *arguments: object, apart: bool = False) -> subprocess.CompletedProcess[str]:
+    """`python -m training.MODULE`, in this process, which has imported already what takes a new one seconds, or apart."""
     command = [sys.executable, "-m", f"training.{module}", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    if apart:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", command[2:])
+        patch.chdir(ROOT)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            importlib.import_module(f"training.{module}").main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+            err.write(str(end.code))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +74,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_two_steps_of_each_part_make_a_model_that_morphs(work: Path) -> None:
     for module in ("autoencoder", "diffusion"):
-        done = run(module, work, "--preset", "tiny", "--steps", "2")
+        done = run(module, work, "--preset", "tiny", "--steps", "2", apart=module == "autoencoder")
         assert done.returncode == 0, done.stderr
         about = json.loads((work / module / "checkpoint" / "about.json").read_text())
         assert about["step"] == 2
@@ -254,7 +275,7 @@ def test_a_flow_model_in_slices_and_as_diffusers_loads_it(work: Path, tmp_path: 
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) not in "".join(file.read_text() for file in (slices / "mini-flow").rglob("*.json"))
     pipe = FluxPipeline.from_pretrained(slices / "mini-flow")
-    assert pipe.vae_scale_factor == 8 and pipe.vae.config.sample_size == 128
+    assert pipe.vae_scale_factor == 16 and pipe.vae.config.sample_size == 256
     assert pipe.scheduler.config.shift == 1 and not pipe.scheduler.config.use_dynamic_shifting
     for name, module in (("transformer", pipe.transformer), ("text", pipe.text_encoder_2)):
         for key, value in module.state_dict().items():
@@ -267,12 +288,12 @@ def test_a_flow_model_in_slices_and_as_diffusers_loads_it(work: Path, tmp_path: 
     assert scaled.mean().abs() < 1e-3 and scaled.std() == pytest.approx(1, abs=1e-3)
     picture = pipe(
         "a red apple",
-        height=128,
-        width=128,
+        height=256,
+        width=256,
         num_inference_steps=2,
         max_sequence_length=pipe.tokenizer_2.model_max_length,
     ).images[0]
-    assert picture.size == (128, 128)
+    assert picture.size == (256, 256)
 
 
 @pytest.fixture
@@ -281,7 +302,7 @@ def tiny_flow() -> flow.FlowTraining:
     config = flow.CONFIGS["tiny"]
     tokenizers = CLIPTokenizer.from_pretrained(ASSETS / "mini/tokenizer"), flow.build_tokenizer(["a red apple"], 100)
     pooling = CLIPTextModel.from_pretrained(ASSETS / "mini/text_encoder", dtype=torch.float32)
-    return flow.FlowTraining(config, tokenizers, pooling, 8, torch.device("cpu"))
+    return flow.FlowTraining(config, tokenizers, pooling, (16, 16, 16), torch.device("cpu"))
 
 
 def test_a_flow_is_trained_on_what_the_pipeline_gives_it(tiny_flow: flow.FlowTraining) -> None:
@@ -300,11 +321,11 @@ def test_a_flow_is_trained_on_what_the_pipeline_gives_it(tiny_flow: flow.FlowTra
     )
     pipe.set_progress_bar_config(disable=True)
     captions, s = ["a red apple", ""], 0.7
-    latents, noise = torch.randn(2, 2, 8, 16, 16, generator=draw)
+    latents, noise = torch.randn(2, 2, 16, 16, 16, generator=draw)
     found = pipe(
         captions,
-        height=128,
-        width=128,
+        height=256,
+        width=256,
         sigmas=[s],
         latents=flow.pack(torch.lerp(latents, noise, s)),
         num_inference_steps=1,
@@ -312,7 +333,8 @@ def test_a_flow_is_trained_on_what_the_pipeline_gives_it(tiny_flow: flow.FlowTra
         output_type="latent",
     ).images
     with torch.no_grad():
-        errors = tiny_flow.errors(tiny_flow.model, latents, captions, torch.full((2,), s), noise)
+        tokens = tiny_flow.tokens(captions)
+        errors = tiny_flow.errors(tiny_flow.model, latents, torch.full((2,), s), noise, *tokens)
     expected = ((found - flow.pack(latents)) / s).square().mean((1, 2))
     torch.testing.assert_close(errors, expected, rtol=2e-3, atol=0)  # bfloat16 there, float32 here
     assert abs(expected[0] - expected[1]) > 1e-2 * expected[0], "the caption makes a difference"
@@ -320,7 +342,7 @@ def test_a_flow_is_trained_on_what_the_pipeline_gives_it(tiny_flow: flow.FlowTra
 
 def test_a_flow_learns(tiny_flow: flow.FlowTraining) -> None:
     draw = torch.Generator().manual_seed(0)
-    latents = torch.randn(4, 8, 1, 1, generator=draw).expand(4, 8, 16, 16)
+    latents = torch.randn(4, 16, 1, 1, generator=draw).expand(4, 16, 16, 16)
     before = tiny_flow.check(latents, ["a red apple"] * 4).mean()
     assert before == pytest.approx(1 + latents.square().mean().item(), rel=0.1)  # it predicts nothing at first
     for _ in range(30):
@@ -346,3 +368,19 @@ def test_a_tokenizer_of_whole_words(tmp_path: Path) -> None:
         ids = token_ids(tokenizer, ["", "dog " * 99])
         assert ids.shape == (2, flow.MAX_TOKENS)
         assert ids[0].tolist() == [1, *[0] * (flow.MAX_TOKENS - 1)] and ids[1, -1] == 1
+
+
+@pytest.mark.gpu
+def test_a_captured_step_learns_what_a_plain_one_does() -> None:
+    """Six steps, three of them replayed, with a rate that changes: the same losses."""
+    losses = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        tokenizer = build_tokenizer(["a red apple", "a dog face"] * 4, 540)
+        part = DiffusionTraining(DIFFUSION["tiny"], tokenizer, (8, 16, 16), torch.device("cuda"))
+        if not captured:
+            part.learn = part._learn
+        draw = torch.Generator().manual_seed(0)
+        latents = torch.randn(4, 8, 16, 16, generator=draw)
+        losses.append([part.step(latents, ["a red apple"] * 4, 1e-2 / (1 + i), draw).item() for i in range(6)])
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2) and losses[0][-1] < 0.95 * losses[0][0]

@@ -18,6 +18,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,8 +125,9 @@ def read_pictures(folder: Path) -> list[Picture]:
 
 def read_images(folder: Path, pictures: Iterable[Picture], size: int) -> np.ndarray:
     """The pictures on white, uint8 (N, 3, size, size), resized as `diffmorpher` resizes its inputs (Lanczos)."""
-    with zipfile.ZipFile(folder / "pictures.zip") as pack:
-        return np.stack([_on_white(pack.read(picture.file), size) for picture in pictures])
+    with zipfile.ZipFile(folder / "pictures.zip") as pack, ThreadPoolExecutor() as threads:
+        packed = [pack.read(picture.file) for picture in pictures]
+        return np.stack(list(threads.map(lambda one: _on_white(one, size), packed)))
 
 
 def split(pictures: list[Picture]) -> tuple[list[Picture], list[Picture]]:

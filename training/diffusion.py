@@ -7,10 +7,13 @@ captions dropped now and then so that guidance works.
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
+import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
@@ -23,6 +26,7 @@ from training.loop import Limits, Run, moving_average, set_learning_rate
 from training.optim import Muon
 
 MAX_TOKENS = 24
+CHECKS = 40  # of the held-out pictures, in a whole run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,20 +34,33 @@ class DiffusionConfig:
     """What the text encoder and the U-Net are and how they are trained."""
 
     channels: tuple[int, ...] = (64, 128, 192)
+    layers: int = 1  # of each block
+    dropout: float = 0.0  # in the U-Net
     text_width: int = 128
     text_layers: int = 3
     vocabulary: int = 2600
     batch: int = 48
     learning_rate: float = 3e-3
+    weight_decay: float = 1e-2  # of the matrices
     ema: float = 0.998
     snr_limit: float = 5.0  # gamma of min-SNR
     caption_dropout: float = 0.1
-    variants: int = 4  # of each picture: shifted, scaled, mirrored
+    variants: int = 4  # of each picture: one as it is, the others shifted, scaled, mirrored
+    plain_share: float = 0.25  # how often the one as it is is drawn
 
 
 CONFIGS = {
     "cpu": DiffusionConfig(),
-    "gpu": DiffusionConfig(channels=(96, 192, 256), batch=512, ema=0.9995, variants=12),
+    "gpu": DiffusionConfig(
+        channels=(96, 192, 256),
+        dropout=0.1,
+        text_width=192,
+        text_layers=4,
+        batch=256,
+        weight_decay=0.1,
+        ema=0.9995,
+        variants=32,
+    ),
     "tiny": DiffusionConfig(channels=(16, 32), text_width=32, text_layers=1, vocabulary=600, batch=4, variants=2),
 }
 
@@ -80,7 +97,8 @@ def build_unet(config: DiffusionConfig, latent_channels: int, latent_size: int) 
         block_out_channels=config.channels,
         down_block_types=("CrossAttnDownBlock2D",) * levels,
         up_block_types=("CrossAttnUpBlock2D",) * levels,
-        layers_per_block=1,
+        layers_per_block=config.layers,
+        dropout=config.dropout,
         cross_attention_dim=config.text_width,
         attention_head_dim=tuple(max(1, width // 32) for width in config.channels),  # by diffusers' name: their number
         norm_num_groups=16,
@@ -108,6 +126,7 @@ def varied(images: Tensor, flip: Tensor, draw: torch.Generator) -> Tensor:
     mirror = 1 - 2 * ((torch.rand(count, generator=draw) < 0.5) & flip).float()
     theta = torch.zeros(count, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = mirror / size, 1 / size, shift
+    theta = theta.to(images.device)
     grid = functional.affine_grid(theta, list(images.shape), align_corners=False)
     return functional.grid_sample(images - 1, grid, mode="bicubic", align_corners=False).clamp(-2, 0) + 1  # on white
 
@@ -128,10 +147,10 @@ def cache_latents(
     for number in range(variants):
         latents = []
         for i in range(0, len(images), 32):
-            batch = images[i : i + 32].float() / 127.5 - 1
+            batch = images[i : i + 32].to(device).float() / 127.5 - 1
             batch = varied(batch, flip[i : i + 32], draw) if number else batch
             with torch.autocast(device.type, torch.bfloat16):
-                latents.append(vae.encode(batch.to(device)).latent_dist.mean.half().cpu())
+                latents.append(vae.encode(batch).latent_dist.mean.half().cpu())
         rounds.append(torch.cat(latents))
         print(f"latents {number + 1}/{variants}", flush=True)
     stacked = torch.stack(rounds)
@@ -142,17 +161,22 @@ def cache_latents(
 def draw_batch(
     pictures: list[data.Picture],
     latents: Tensor,
-    batch: int,
-    caption_dropout: float,
+    config: Any,
     draw: torch.Generator,
     words: random.Random,
 ) -> tuple[Tensor, list[str]]:
-    """Latents (batch, C, h, w), each picture as often as its weight says, and a caption for each, now and then none."""
+    """Latents (batch, C, h, w), each picture as often as its weight says, and a caption for each, now and then none.
+
+    config: has `batch`, `plain_share` and `caption_dropout`.
+    """
+    batch = config.batch
     weights = torch.tensor([picture.weight for picture in pictures])
     chosen = torch.multinomial(weights, batch, replacement=len(pictures) < batch, generator=draw)
-    variant = torch.randint(0, len(latents), (batch,), generator=draw)
+    variant = torch.randint(min(1, len(latents) - 1), len(latents), (batch,), generator=draw)
+    variant[torch.rand(batch, generator=draw) < config.plain_share] = 0
     captions = [
-        "" if words.random() < caption_dropout else data.draw_caption(pictures[i], words) for i in chosen.tolist()
+        "" if words.random() < config.caption_dropout else data.draw_caption(pictures[i], words)
+        for i in chosen.tolist()
     ]
     return latents[variant, chosen], captions
 
@@ -171,38 +195,98 @@ def token_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor
 class LatentTraining:
     """Networks that learn from noisy latents and captions: their averages and optimizer, and one step."""
 
-    def __init__(
-        self, model: nn.ModuleDict, ema: float, learning_rate: float, plain: Iterable[nn.Module], device: torch.device
-    ):
-        self.model, self.device = model.to(device), device
-        self.average = moving_average(self.model, ema)
-        self.optimizer = Muon(self.model, learning_rate, plain=plain)
+    def __init__(self, model: nn.ModuleDict, config: Any, plain: Iterable[nn.Module], device: torch.device):
+        self.model, self.config, self.device = model.to(device), config, device
+        self.average = moving_average(self.model, config.ema)
+        self.average.eval()
+        self.optimizer = Muon(self.model, config.learning_rate, config.weight_decay, plain)
+        self.learn = Captured(self._learn) if device.type == "cuda" else self._learn
 
     def parts(self) -> dict[str, object]:
         return {"model": self.model, "average": self.average, "optimizer": self.optimizer}
 
-    def times(self, even: Tensor, draw: torch.Generator) -> Tensor:
-        """The batch's times, from draws that are spread evenly over [0, 1)."""
+    def even_times(self, even: Tensor) -> Tensor:
+        """Numbers in [0, 1) as the network's times."""
         raise NotImplementedError
 
-    def loss(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
+    def times(self, even: Tensor, draw: torch.Generator) -> Tensor:
+        """The batch's times, from draws that are spread evenly over [0, 1)."""
+        return self.even_times(even)
+
+    def tokens(self, captions: list[str]) -> tuple[Tensor, ...]:
+        """The captions as the text encoders take them, (B, length) each."""
+        raise NotImplementedError
+
+    def errors(self, model: nn.ModuleDict, latents: Tensor, t: Tensor, noise: Tensor, *tokens: Tensor) -> Tensor:
+        """The error of each picture's prediction, (B,)."""
         raise NotImplementedError
 
     def step(self, latents: Tensor, captions: list[str], rate: float, draw: torch.Generator) -> Tensor:
         """One step on latents (B, C, h, w) and their captions; returns the loss."""
-        latents = latents.to(self.device, torch.float32)
         count = len(latents)
         # Times spread evenly over the batch: the same expectation with less scatter.
         t = self.times((torch.arange(count) + torch.rand(count, generator=draw)) / count, draw)
         noise = torch.randn(latents.shape, generator=draw)
-        loss = self.loss(self.model, latents, captions, t.to(self.device), noise.to(self.device))
         set_learning_rate(self.optimizer, rate)
+        loss = self.learn(*self._on_device(latents.float(), t, noise, *self.tokens(captions)))
+        self.average.update_parameters(self.model)
+        return loss
+
+    def _learn(self, *batch: Tensor) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
+        loss = self.errors(self.model, *batch).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        self.average.update_parameters(self.model)
         return loss.detach()
+
+    @torch.no_grad()
+    def check(self, latents: Tensor, captions: list[str], rounds: int = 1) -> Tensor:
+        """The averaged weights' error on latents (N, C, h, w), the same even times and noise at every call, (rounds N,)."""
+        draw = torch.Generator().manual_seed(0)
+        latents, captions = latents.float().repeat(rounds, 1, 1, 1), captions * rounds
+        t = self.even_times((torch.randperm(len(latents), generator=draw) + 0.5) / len(latents))
+        noise = torch.randn(latents.shape, generator=draw)
+        found = []
+        for i in range(0, len(latents), 256):
+            batch = self._on_device(*(part[i : i + 256] for part in (latents, t, noise, *self.tokens(captions))))
+            found.append(self.errors(self.average.module, *batch).cpu())
+        return torch.cat(found)
+
+    def _on_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        if self.device.type == "cuda":  # pinned, a copy does not wait for the step at work
+            return tuple(x.pin_memory().to(self.device, non_blocking=True) for x in tensors)
+        return tensors
+
+
+class Captured:
+    """A function of CUDA tensors of always the same shapes, from its fourth call on replayed as one CUDA graph.
+
+    A small network's step is thousands of short kernels, which a processor cannot start as fast as a large GPU ends them.
+    The tensor that it returns is overwritten by the next call.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], warm_up: int = 3) -> None:
+        self.function, self.warm_up = function, warm_up
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        if self.warm_up:
+            self.warm_up -= 1
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                result = self.function(*inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            return result
+        if self.graph is None:
+            self.graph, self.inputs = torch.cuda.CUDAGraph(), [x.clone() for x in inputs]
+            with torch.cuda.graph(self.graph):
+                self.result = self.function(*self.inputs)
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            mine.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.result.clone()
 
 
 class DiffusionTraining(LatentTraining):
@@ -211,57 +295,81 @@ class DiffusionTraining(LatentTraining):
     def __init__(
         self, config: DiffusionConfig, tokenizer: CLIPTokenizer, latent_shape: tuple[int, ...], device: torch.device
     ):
-        self.config, self.tokenizer = config, tokenizer
+        self.tokenizer = tokenizer
         text = build_text_encoder(config, tokenizer)
         unet = build_unet(config, latent_shape[0], latent_shape[-1])
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
+            unet.to(memory_format=torch.channels_last)
         plain = (unet.conv_in, unet.conv_out, unet.time_embedding, text.embeddings)
-        model = nn.ModuleDict({"text": text, "unet": unet})
-        super().__init__(model, config.ema, config.learning_rate, plain, device)
-        self.scheduler = build_scheduler()
-        self.abar = self.scheduler.alphas_cumprod.to(device)
+        super().__init__(nn.ModuleDict({"text": text, "unet": unet}), config, plain, device)
+        self.abar = build_scheduler().alphas_cumprod.to(device)
 
-    def times(self, even: Tensor, draw: torch.Generator) -> Tensor:
+    def even_times(self, even: Tensor) -> Tensor:
         return (even * len(self.abar)).long()
 
-    def loss(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
-        """The min-SNR-weighted error of the predicted velocity, a scalar."""
-        tokens = token_ids(self.tokenizer, captions).to(self.device)
+    def tokens(self, captions: list[str]) -> tuple[Tensor, ...]:
+        return (token_ids(self.tokenizer, captions),)
+
+    def errors(self, model: nn.ModuleDict, latents: Tensor, t: Tensor, noise: Tensor, *tokens: Tensor) -> Tensor:
+        """The min-SNR-weighted squared error of the predicted velocity of each picture, (B,)."""
         abar = self.abar[t].view(-1, 1, 1, 1)
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
         target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
         with torch.autocast(self.device.type, torch.bfloat16):
-            embeddings = model["text"](tokens).last_hidden_state
+            embeddings = model["text"](*tokens).last_hidden_state
             predicted = model["unet"](noisy, t, embeddings).sample
         snr = self.abar[t] / (1 - self.abar[t])
         weight = snr.clamp(max=self.config.snr_limit) / (snr + 1)
-        return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()
+        return weight * (predicted.float() - target).square().mean((1, 2, 3))
+
+    def save(self, folder: Path) -> None:
+        """The averaged weights, each network in its folder."""
+        self.average.module["unet"].save_pretrained(folder / "unet")
+        self.average.module["text"].save_pretrained(folder / "text_encoder")
+
+
+def changed(config: Any, changes: list[str]) -> Any:
+    """A configuration with fields changed, each NAME=VALUE, the value as Python writes it."""
+    return dataclasses.replace(
+        config, **{name: ast.literal_eval(value) for name, value in (c.split("=") for c in changes)}
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--preset", choices=CONFIGS, default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the preset")
     Limits.add_arguments(parser, minutes=75)
     args = parser.parse_args()
 
-    config, device = CONFIGS[args.preset], torch.device(args.device)
+    config, device = changed(CONFIGS[args.preset], args.set), torch.device(args.device)
     torch.manual_seed(args.seed)
-    training, _ = data.split(data.read_pictures(args.work))
+    training, held_out = data.split(data.read_pictures(args.work))
     words = [text for picture in training for text in (*picture.captions, *picture.keywords)]
     tokenizer = build_tokenizer(words, config.vocabulary)
     tokenizer.save_pretrained(args.work / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.work / "vae").to(device)
     latents = cache_latents(vae, args.work, training, config.variants, args.seed)
+    unseen = cache_latents(vae, args.work, held_out, 1, args.seed, "held_out.pt")[0]
 
     part = DiffusionTraining(config, tokenizer, tuple(latents.shape[2:]), device)
     run = Run(args.work / "diffusion", part.parts(), Limits.of(args))
+    best, checked = math.inf, 0.0
     draw = torch.Generator().manual_seed(args.seed + run.step)
     words = random.Random(args.seed + run.step)
     for _ in run.steps(log_every=50):
-        batch = draw_batch(training, latents, config.batch, config.caption_dropout, draw, words)
+        batch = draw_batch(training, latents, config, draw, words)
         run.record(loss=part.step(*batch, run.learning_rate(config.learning_rate), draw))
-    part.average.module["unet"].save_pretrained(args.work / "unet")
-    part.average.module["text"].save_pretrained(args.work / "text_encoder")
+        if run.fraction - checked >= 1 / CHECKS:
+            error = part.check(unseen, [picture.name for picture in held_out], rounds=4).mean().item()
+            run.record(held_out=error)
+            checked = run.fraction
+            if error < best and run.fraction > 0.3:  # before that it is better every time
+                best = error
+                part.save(args.work / "best")
+    part.save(args.work)
     print(f"Wrote {args.work / 'unet'} and {args.work / 'text_encoder'}, after {run.step} steps.")
 
 

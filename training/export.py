@@ -24,6 +24,7 @@ from diffusers import (
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from diffmorpher.models.bundled import write_sums
 from training.diffusion import build_scheduler
 from training.loop import moving_average, read_checkpoint
 
@@ -44,9 +45,9 @@ def export(work: Path) -> Path:
     return _save(pipe, work / "mini")
 
 
-def export_flow(work: Path) -> Path:
+def export_flow(work: Path, model: Path) -> Path:
     folder = work / "flow"
-    vae = AutoencoderKL.from_pretrained(INSTALLED / "vae")
+    vae = AutoencoderKL.from_pretrained(model / "vae")
     scales = AutoencoderKL.load_config(folder / "vae")
     vae.register_to_config(shift_factor=scales["shift_factor"], scaling_factor=scales["scaling_factor"])
     transformer = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(folder / "transformer"))
@@ -56,8 +57,8 @@ def export_flow(work: Path) -> Path:
     average.load_state_dict(states["average"])
     pipe = FluxPipeline(
         vae=vae,
-        text_encoder=CLIPTextModel.from_pretrained(INSTALLED / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(INSTALLED / "tokenizer"),
+        text_encoder=CLIPTextModel.from_pretrained(model / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(model / "tokenizer"),
         text_encoder_2=average.module["text"],
         tokenizer_2=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2"),
         transformer=average.module["transformer"],
@@ -87,6 +88,7 @@ def install(folder: Path) -> None:
     shutil.copy(folder / "model_index.json", INSTALLED)
     for file in INSTALLED.rglob("*.safetensors"):
         file.chmod(0o644)  # safetensors writes for the owner alone
+    write_sums(INSTALLED)
 
 
 def main() -> None:
@@ -94,10 +96,11 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--install", action="store_true", help="put it into the package, in place of the bundled model")
     parser.add_argument("--flow", action="store_true", help="the flow model instead, from its last checkpoint")
+    parser.add_argument("--model", type=Path, default=INSTALLED, help="the one that training.flow was given")
     args = parser.parse_args()
     if args.flow and args.install:
         parser.error("only the model in Stable Diffusion's layout is bundled: leave --install out")
-    out = export_flow(args.work) if args.flow else export(args.work)
+    out = export_flow(args.work, args.model) if args.flow else export(args.work)
     if args.install:
         install(out)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors")) / 1e6

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from training import data
-from training.diffusion import LatentTraining, cache_latents, draw_batch, token_ids
+from training.diffusion import LatentTraining, cache_latents, changed, draw_batch, token_ids
 from training.export import INSTALLED
 from training.loop import Limits, Run
 
@@ -42,14 +42,17 @@ class FlowConfig:
     vocabulary: int = 2600
     batch: int = 48
     learning_rate: float = 4e-3
+    weight_decay: float = 1e-2
     ema: float = 0.999
     logit_normal: float = 0.5  # share of the times that is drawn around the middle, the others evenly
     caption_dropout: float = 0.1
     variants: int = 4  # of each picture, as in training.diffusion
+    plain_share: float = 0.25
 
 
 CONFIGS = {
     "cpu": FlowConfig(),
+    "gpu": FlowConfig(batch=256, weight_decay=0.1, variants=8),
     "tiny": FlowConfig(
         heads=2, head_width=16, rope=(4, 6, 6), double=1, single=1, text_width=32, text_layers=1, vocabulary=100, batch=4,
         variants=2,
@@ -145,82 +148,76 @@ class FlowTraining(LatentTraining):
         config: FlowConfig,
         tokenizers: tuple[CLIPTokenizer, PreTrainedTokenizerFast],
         pooling: CLIPTextModel,
-        latent_channels: int,
+        latent_shape: tuple[int, ...],
         device: torch.device,
     ):
-        self.config, self.tokenizers = config, tokenizers
+        self.tokenizers = tokenizers
+        rows, columns = (size // 2 for size in latent_shape[1:])
+        self.text_ids = torch.zeros(MAX_TOKENS, 3, device=device)
+        self.image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32)
         self.pooling = pooling.requires_grad_(False).eval().to(device)
         text = build_text_encoder(config)
-        transformer = build_transformer(config, latent_channels, pooling.config.hidden_size)
+        transformer = build_transformer(config, latent_shape[0], pooling.config.hidden_size)
         plain = (transformer.x_embedder, transformer.proj_out, transformer.time_text_embed, text.shared)
         model = nn.ModuleDict({"text": text, "transformer": transformer})
-        super().__init__(model, config.ema, config.learning_rate, (*plain, *modulations(transformer)), device)
+        super().__init__(model, config, (*plain, *modulations(transformer)), device)
         for each in (model, self.average.module):
             # The transformer rounds times to the type that this layer gives, and 8 bits are too few for them.
             each["transformer"].x_embedder.register_forward_hook(lambda layer, inputs, output: output.float())
 
+    def even_times(self, even: Tensor) -> Tensor:
+        return even.clamp(1e-4, 1 - 1e-4)
+
     def times(self, even: Tensor, draw: torch.Generator) -> Tensor:
         """s in (0, 1): around the middle (the logistic function of a normal draw) or even."""
-        even = even.clamp(1e-4, 1 - 1e-4)
+        even = self.even_times(even)
         middle = torch.rand(len(even), generator=draw) < self.config.logit_normal
         return torch.where(middle, torch.special.ndtri(even).sigmoid(), even)
 
-    def errors(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], s: Tensor, noise: Tensor) -> Tensor:
+    def tokens(self, captions: list[str]) -> tuple[Tensor, ...]:
+        return tuple(token_ids(tokenizer, captions) for tokenizer in self.tokenizers)
+
+    def errors(self, model: nn.ModuleDict, latents: Tensor, t: Tensor, noise: Tensor, *tokens: Tensor) -> Tensor:
         """The squared error of the predicted velocity of each picture, (B,)."""
-        clip, t5 = (token_ids(tokenizer, captions).to(self.device) for tokenizer in self.tokenizers)
-        rows, columns = (size // 2 for size in latents.shape[-2:])
-        noisy = torch.lerp(latents, noise, s.view(-1, 1, 1, 1))
+        clip, t5 = tokens
+        noisy = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
         with torch.no_grad():
             pooled = self.pooling(clip).pooler_output
         with torch.autocast(self.device.type, torch.bfloat16):
             predicted = model["transformer"](
                 hidden_states=pack(noisy),
-                timestep=s,
+                timestep=t,
                 pooled_projections=pooled,
                 encoder_hidden_states=model["text"](t5).last_hidden_state,
-                txt_ids=torch.zeros(MAX_TOKENS, 3, device=self.device),
-                img_ids=FluxPipeline._prepare_latent_image_ids(1, rows, columns, self.device, torch.float32),
+                txt_ids=self.text_ids,
+                img_ids=self.image_ids,
             ).sample
         return (predicted.float() - pack(noise - latents)).square().mean((1, 2))
-
-    def loss(self, model: nn.ModuleDict, latents: Tensor, captions: list[str], t: Tensor, noise: Tensor) -> Tensor:
-        return self.errors(model, latents, captions, t, noise).mean()
-
-    @torch.no_grad()
-    def check(self, latents: Tensor, captions: list[str]) -> Tensor:
-        """The averaged weights' error on latents (N, C, h, w), the same even times and noise at every call, (N,)."""
-        draw = torch.Generator().manual_seed(0)
-        s = (torch.randperm(len(latents), generator=draw) + 0.5) / len(latents)
-        noise = torch.randn(latents.shape, generator=draw)
-        model, found = self.average.module, []
-        for i in range(0, len(latents), 64):
-            batch = (part[i : i + 64].to(self.device) for part in (latents.float(), s, noise))
-            pictures, times, eps = batch
-            found.append(self.errors(model, pictures, captions[i : i + 64], times, eps).cpu())
-        return torch.cat(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("work", type=Path)
     parser.add_argument("--preset", choices=CONFIGS, default="cpu")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="change the preset")
+    parser.add_argument("--model", type=Path, default=INSTALLED, help="whose autoencoder and text encoder it uses")
     Limits.add_arguments(parser, minutes=150)
     args = parser.parse_args()
 
-    config, device, folder = CONFIGS[args.preset], torch.device(args.device), args.work / "flow"
+    config, device, folder = changed(CONFIGS[args.preset], args.set), torch.device(args.device), args.work / "flow"
     torch.manual_seed(args.seed)
     folder.mkdir(exist_ok=True)
     training, held_out = data.split(data.read_pictures(args.work))
-    vae = AutoencoderKL.from_pretrained(INSTALLED / "vae").to(device)
+    vae = AutoencoderKL.from_pretrained(args.model / "vae").to(device)
     latents = cache_latents(vae, args.work, training, config.variants, args.seed, "flow/latents.pt")
     unseen = cache_latents(vae, args.work, held_out, 1, args.seed, "flow/held_out.pt")[0]
     shift, scale = spread(latents)
     latents, unseen = (latents - shift) * scale, (unseen - shift) * scale
 
     tokenizer = build_tokenizer([t for p in training for t in (*p.captions, *p.keywords)], config.vocabulary)
-    clip = CLIPTokenizer.from_pretrained(INSTALLED / "tokenizer")
-    pooling = CLIPTextModel.from_pretrained(INSTALLED / "text_encoder", dtype=torch.float32)
-    part = FlowTraining(config, (clip, tokenizer), pooling, latents.shape[2], device)
+    clip = CLIPTokenizer.from_pretrained(args.model / "tokenizer")
+    pooling = CLIPTextModel.from_pretrained(args.model / "text_encoder", dtype=torch.float32)
+    part = FlowTraining(config, (clip, tokenizer), pooling, tuple(latents.shape[2:]), device)
     # All that training.export needs beside a checkpoint.
     vae.register_to_config(shift_factor=shift, scaling_factor=scale)
     vae.save_config(folder / "vae")
@@ -232,7 +229,7 @@ def main() -> None:
     for step in run.steps(log_every=50):
         # Draws of the step alone, so that a run in slices has those of a run in one go.
         draw, words = torch.Generator().manual_seed(args.seed * 1_000_003 + step), random.Random(f"{args.seed} {step}")
-        batch = draw_batch(training, latents, config.batch, config.caption_dropout, draw, words)
+        batch = draw_batch(training, latents, config, draw, words)
         run.record(loss=part.step(*batch, run.learning_rate(config.learning_rate), draw))
         if step % 500 == 499:
             run.record(held_out=part.check(unseen, [picture.name for picture in held_out]).mean())

@@ -61,7 +61,7 @@ class Run:
     def __init__(self, folder: Path, parts: dict[str, Any], limits: Limits) -> None:
         self.folder, self.parts, self.limits = folder, parts, limits
         self.step, self.seconds = 0, 0.0
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, float | torch.Tensor] = {}
         self.counts: dict[str, int] = {}
         self.stopped = False
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ class Run:
     def record(self, **values: float | torch.Tensor) -> None:
         """Add to the means that the next line of the log shows."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+            self.sums[name] = self.sums.get(name, 0.0) + value  # on a GPU it may still be being computed
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def save(self) -> None:
@@ -146,7 +146,7 @@ class Run:
         self.step, self.seconds = about["step"], about["seconds"]
 
     def _log(self) -> None:
-        means = {name: self.sums[name] / self.counts[name] for name in self.sums}
+        means = {name: float(self.sums[name]) / self.counts[name] for name in self.sums}
         self.sums.clear(), self.counts.clear()
         line = {"step": self.step, "minutes": round(self.seconds / 60, 3), **{k: round(v, 6) for k, v in means.items()}}
         with (self.folder / "log.jsonl").open("a") as log:
@@ -181,4 +181,7 @@ def moving_average(model: torch.nn.Module, decay: float = 0.999) -> AveragedMode
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("scale", 1.0)
+        if isinstance(group["lr"], torch.Tensor):  # read by a step that was captured
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate * group.get("scale", 1.0)

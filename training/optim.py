@@ -24,26 +24,44 @@ class Muon(torch.optim.Optimizer):
         parameters = list(model.parameters())
         matrices = [p for p in parameters if p.ndim >= 2 and id(p) not in kept]
         taken = {id(p) for p in matrices}
-        super().__init__([{"params": matrices}], {"lr": lr, "weight_decay": weight_decay})
+        # On a GPU the rate is a tensor, so that a step can be captured once and replayed with another rate.
+        gpu = parameters[0].is_cuda
+        rate = torch.tensor(lr, device=parameters[0].device) if gpu else lr
+        super().__init__([{"params": matrices}], {"lr": rate, "weight_decay": weight_decay})
         others = [p for p in parameters if id(p) not in taken]
-        self.others = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.others = torch.optim.AdamW(others, rate, (0.9, 0.99), weight_decay=0.0, fused=True, capturable=gpu)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                momentum = state.setdefault("momentum", torch.zeros_like(p))
-                momentum.lerp_(p.grad, 0.05)
-                update = orthogonal(torch.lerp(p.grad, momentum, 0.95).flatten(1))  # Nesterov
-                scale = 0.2 * max(update.shape) ** 0.5
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.view_as(p), alpha=-group["lr"] * scale)
+            for alike in self._by_shape(group["params"]).values():
+                gradients = [p.grad for p in alike]
+                momenta = [self._momentum(p) for p in alike]
+                torch._foreach_lerp_(momenta, gradients, 0.05)
+                nesterov = torch._foreach_lerp(gradients, momenta, 0.95)
+                updates = orthogonal(torch.stack([x.flatten(1) for x in nesterov]))
+                scale = group["lr"] * (0.2 * max(updates.shape[1:]) ** 0.5)
+                for p, update in zip(alike, updates, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.sub_(scale * update.view(p.shape))
         for group in self.others.param_groups:
             group["lr"] = self.param_groups[0]["lr"]
         self.others.step()
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"]
+
+    @staticmethod
+    def _by_shape(parameters: Iterable[Tensor]) -> dict[tuple[int, ...], list[Tensor]]:
+        """Those that have a gradient, in groups of one shape each, whose matrices are made orthogonal together."""
+        groups: dict[tuple[int, ...], list[Tensor]] = {}
+        for p in parameters:
+            if p.grad is not None:
+                groups.setdefault(tuple(p.shape), []).append(p)
+        return groups
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -53,16 +71,24 @@ class Muon(torch.optim.Optimizer):
         return {"matrices": super().state_dict(), "others": self.others.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
+        rate = self.param_groups[0]["lr"]
         super().load_state_dict(state["matrices"])
         self.others.load_state_dict(state["others"])
+        for group in (*self.param_groups, *self.others.param_groups):
+            group["lr"] = rate  # on a GPU the very tensor that a captured step reads
 
 
-def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
-    """Nearly the orthogonal factor of a matrix's polar decomposition, by the quintic Newton-Schulz iteration."""
+def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the orthogonal factors of matrices' polar decompositions, by the quintic Newton-Schulz iteration.
+
+    matrices: (..., rows, columns), float32. On a GPU the iteration is in bfloat16, which it was made for.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.mT
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices.mT if tall else matrices
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    x = x.bfloat16() if x.is_cuda else x
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x if matrix.shape[0] <= matrix.shape[1] else x.mT
+    return (x.mT if tall else x).to(matrices.dtype)

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import diffmorpher
-from diffmorpher.errors import LoraError, OutputError
+from conftest import tiny_xl_pipeline
+from diffmorpher.errors import ConfigError, LoraError, OutputError
 from diffmorpher.files.loras import Lora, load_lora, save_lora
+from diffmorpher.method.lora import LoraBank
 
 MINI = Path(diffmorpher.__file__).parent / "assets" / "mini"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -131,7 +134,7 @@ def test_layout_is_what_diffusers_writes(unet, tmp_path):
     adapted.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION)))
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(adapted))
     StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, weight_name="theirs.safetensors")
-    ours = load_file(save_lora(random_lora(unet), tmp_path / "ours.safetensors"))
+    ours = load_file(save_lora(random_lora(unet), tmp_path / "ours.safetensors", "diffusers"))
     theirs = load_file(tmp_path / "theirs.safetensors")
     assert {k: (v.shape, v.dtype) for k, v in ours.items()} == {k: (v.shape, v.dtype) for k, v in theirs.items()}
     with safe_open(tmp_path / "ours.safetensors", framework="pt") as file:
@@ -163,7 +166,7 @@ def test_save_reports_where_it_cannot_write(unet, tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "file" / "x.safetensors", tmp_path / "folder"):
-        with pytest.raises(OutputError, match=f"cannot be written to {path} "):
+        with pytest.raises(OutputError, match=f"The LoRA {path} cannot be written "):
             save_lora(random_lora(unet), path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
 
@@ -193,6 +196,76 @@ def test_diffusers_loads_our_file(unet, pipe, tmp_path, suffixes, ranks):
     expected = output_with(unet, lora)
     assert (expected - output(unet)).abs().max() > 1e-2
     torch.testing.assert_close(output(pipe.unet), expected, rtol=0, atol=1e-5)
+
+
+def comfyuis_layers(keys: set[str], network: nn.Module) -> set[str]:
+    """The layers of a file that ComfyUI's loader knows, by its rule: diffusers' paths behind `lora_unet_` without their dots,
+    or with "processor" before the last part."""
+    known = {}
+    for path in linear_layers(network, ("",)):
+        known["lora_unet_" + path.replace(".", "_")] = path
+        known["unet." + path.replace(".to_", ".processor.to_").removesuffix(".0")] = path
+    ends = (".lora_up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight")
+    return {
+        key.removesuffix(end) for key in keys for end in ends if key.removesuffix(end) in known and key.endswith(end)
+    }
+
+
+def test_the_format_is_the_one_that_most_programs_read(unet, pipe, tmp_path):
+    lora = random_lora(unet)
+    kohyas = save_lora(lora, tmp_path / "kohya.safetensors")
+    diffusers = save_lora(lora, tmp_path / "diffusers.safetensors", format="diffusers")
+    assert len(comfyuis_layers(set(load_file(kohyas)), unet)) == len(lora.down)
+    assert len(comfyuis_layers(set(load_file(diffusers)), unet)) == 0
+    assert kohyas.read_bytes() == save_lora(lora, tmp_path / "k.safetensors", format="kohya").read_bytes()
+    expected = output_with(unet, lora)
+    for file in (kohyas, diffusers):
+        assert_same(load_lora(file), lora)
+        assert load_lora(file).metadata == METADATA
+        pipe.load_lora_weights(file)
+        torch.testing.assert_close(output(pipe.unet), expected, rtol=0, atol=1e-5)
+        pipe.unload_lora_weights()
+
+
+def test_sdxls_format_has_stabilitys_names(tmp_path):
+    """The oracle is diffusers' own reader, whose names for SDXL's blocks are those of the U-Net that it loads into."""
+    pipe = tiny_xl_pipeline()
+    names = [n for n in linear_layers(pipe.unet, ATTENTION)]
+    rank = {n: torch.randn(2, linear_layers(pipe.unet, ATTENTION)[n].in_features) for n in names}
+    lora = Lora(rank, {n: torch.randn(linear_layers(pipe.unet, ATTENTION)[n].out_features, 2) for n in names}, {})
+    file = save_lora(lora, tmp_path / "x.safetensors", format="kohya")
+    keys = set(load_file(file))
+    blocks = {
+        re.match(r"lora_unet_(input_blocks_\d+|middle_block|output_blocks_\d+)_1_transformer_blocks_\d", k)[1]
+        for k in keys
+    }
+    assert blocks == {
+        "input_blocks_4",
+        "input_blocks_5",
+        "middle_block",
+        "output_blocks_0",
+        "output_blocks_1",
+        "output_blocks_2",
+    }
+    assert_same(load_lora(file), lora)
+    pipe.load_lora_weights(str(file))
+    assert {
+        n.removesuffix(".lora_A.default_0") for n, _ in pipe.unet.named_modules() if n.endswith("lora_A.default_0")
+    } == set(names)
+
+
+def test_kohyas_format_is_for_unets(tmp_path):
+    lora = Lora(
+        {"transformer_blocks.0.attn.to_q": torch.ones(1, 4)}, {"transformer_blocks.0.attn.to_q": torch.ones(4, 1)}, {}
+    )
+    assert next(iter(load_file(save_lora(lora, tmp_path / "x.safetensors")))).startswith(
+        "transformer.transformer_blocks"
+    )
+    with pytest.raises(ConfigError, match="kohya's format is for U-Nets"):
+        save_lora(lora, tmp_path / "y.safetensors", format="kohya")
+    with pytest.raises(ConfigError, match="the format is 'comfy', but must be"):
+        save_lora(lora, tmp_path / "y.safetensors", format="comfy")
+    assert not (tmp_path / "y.safetensors").exists()
 
 
 # ---- files that diffusers and PEFT write are read
@@ -269,7 +342,7 @@ def test_skips_the_text_encoder_of_a_diffusers_file(unet, mini, tmp_path):
         lora = load_lora(tmp_path / "pytorch_lora_weights.safetensors")
     assert [str(w.message) for w in caught] == [
         f"{tmp_path / 'pytorch_lora_weights.safetensors'}: LoRA layers skipped: {count} text-encoder; "
-        "only a U-Net's linear layers are used."
+        "only layers of the U-Net or transformer are used."
     ]
     torch.testing.assert_close(output_with(unet, lora), output(theirs), rtol=0, atol=1e-5)
 
@@ -439,23 +512,167 @@ def pair(layer: str, rank: int = 2) -> dict[str, Tensor]:
     return {f"{layer}.lora_down.weight": torch.ones(rank, 3), f"{layer}.lora_up.weight": torch.ones(5, rank)}
 
 
-def test_skips_what_is_no_linear_layer_of_the_unet(tmp_path):
-    conv, cp = "lora_unet_down_blocks_0_resnets_0_conv1", "lora_unet_down_blocks_0_resnets_0_conv2"
+def test_skips_what_is_no_layer_of_the_unet(tmp_path):
     tensors = pair(kohya(LAYER)) | pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj") | pair("bundle_emb")
     tensors |= {f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0) for i in (1, 2)}
     tensors |= {f"{LAYER}.lora_A.weight.absmax": torch.ones(1)}
-    tensors |= {f"{conv}.lora_down.weight": torch.ones(2, 3, 3, 3), f"{conv}.lora_up.weight": torch.ones(5, 2, 1, 1)}
-    # A three-factor convolution: its outer factors alone look like a linear layer.
-    tensors |= {k: t[..., None, None] for k, t in pair(cp).items()} | {f"{cp}.lora_mid.weight": torch.ones(2, 2, 3, 3)}
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
     with pytest.warns(UserWarning) as caught:
         lora = load_lora(path)
     assert list(lora.down) == list(lora.up) == [LAYER]
     assert [str(w.message) for w in caught] == [
-        f"{path}: LoRA layers skipped: 2 convolution, 2 other, 3 text-encoder; only a U-Net's linear layers are used."
+        f"{path}: LoRA layers skipped: 2 other, 3 text-encoder; only layers of the U-Net or transformer are used."
     ]
     assert caught[0].filename == __file__
+
+
+def random_locon(unet: nn.Module) -> Lora:
+    """Of linear layers and convolutions."""
+    generator, lora = torch.Generator().manual_seed(2), random_lora(unet)
+    for name, layer in unet.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            kernel = layer.kernel_size if max(layer.kernel_size) > 1 else ()
+            lora.down[name] = torch.randn(3, layer.in_channels, *kernel, generator=generator) / 16
+            lora.up[name] = torch.randn(layer.out_channels, 3, generator=generator) / 16
+    return lora
+
+
+def locon_tensors(lora: Lora, unet: nn.Module) -> dict[str, Tensor]:
+    """In LyCORIS' form: the factors of a convolution are convolutions, the second one of 1 x 1."""
+    tensors = {}
+    for name, down in lora.down.items():
+        tensors[f"{kohya(name)}.alpha"] = torch.tensor(2.0)
+        for side, factor in (("down", down), ("up", lora.up[name])):
+            if isinstance(unet.get_submodule(name), nn.Conv2d) and factor.ndim == 2:
+                factor = factor[:, :, None, None]
+            tensors[f"{kohya(name)}.lora_{side}.weight"] = factor.clone()
+    return tensors
+
+
+def test_convolutions_mean_what_diffusers_takes_them_for(pipe, unet, tmp_path):
+    """LoCon, LCM's own and others: the picture is another one without their convolutions."""
+    locon = random_locon(unet)
+    file = tmp_path / "locon.safetensors"
+    save_file(locon_tensors(locon, unet), file)
+    with warnings.catch_warnings(action="error"):
+        loaded = load_lora(file)
+    assert {n for n, m in unet.named_modules() if isinstance(m, nn.Conv2d)} < set(loaded.down)
+    pipe.load_lora_weights(file)
+    theirs = output(pipe.unet)
+    bank = LoraBank.stack([loaded], unet, ["locon"])
+    with bank.attached(unet):
+        ours = output(unet)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-5)
+    for name in loaded.down:
+        if loaded.down[name].ndim == 4:
+            loaded.up[name].zero_()
+    with LoraBank.stack([loaded], unet, ["locon"]).attached(unet):
+        assert (output(unet) - theirs).abs().max() > 0.05
+
+
+def test_convolutions_round_trip_and_load_in_diffusers(pipe, unet, tmp_path):
+    locon = random_locon(unet)
+    for name in [name for name in locon.down if name.endswith("conv_shortcut")]:  # of 1 x 1, written as linear layers
+        del locon.down[name], locon.up[name]
+    file = save_lora(locon, tmp_path / "locon.safetensors")
+    assert_same(load_lora(file), locon)
+    pipe.load_lora_weights(file)
+    with LoraBank.stack([locon], unet, ["locon"]).attached(unet):
+        torch.testing.assert_close(output(unet), output(pipe.unet), rtol=0, atol=2e-5)
+
+
+def test_a_convolution_in_three_factors_is_their_product(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    conv = "lora_unet_down_blocks_0_resnets_0_conv2"
+    down, mid, up = (torch.randn(shape, generator=generator) for shape in ((2, 6, 1, 1), (4, 2, 3, 3), (5, 4, 1, 1)))
+    save_file(
+        {f"{conv}.lora_{n}.weight": t for n, t in (("down", down), ("mid", mid), ("up", up))},
+        tmp_path / "x.safetensors",
+    )
+    lora = load_lora(tmp_path / "x.safetensors")
+    x = torch.randn(1, 6, 8, 8, generator=generator)
+    conv2d = nn.functional.conv2d
+    expected = conv2d(conv2d(conv2d(x, down), mid, padding=1), up)
+    (name,) = lora.down
+    ours = conv2d(conv2d(x, lora.down[name], padding=1), lora.up[name][:, :, None, None])
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+#: Names of Stability's own code for Stable Diffusion 1's U-Net, and diffusers', as the published conversion pairs them.
+SGM_NAMES = {
+    "input_blocks.0.0": "conv_in",
+    "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
+    "input_blocks.1.0.emb_layers.1": "down_blocks.0.resnets.0.time_emb_proj",
+    "input_blocks.1.1.proj_in": "down_blocks.0.attentions.0.proj_in",
+    "input_blocks.2.1.transformer_blocks.0.attn1.to_q": "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q",
+    "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
+    "input_blocks.8.1.transformer_blocks.0.ff.net.0.proj": "down_blocks.2.attentions.1.transformer_blocks.0.ff.net.0.proj",
+    "input_blocks.11.0.out_layers.3": "down_blocks.3.resnets.1.conv2",
+    "middle_block.0.out_layers.3": "mid_block.resnets.0.conv2",
+    "middle_block.1.transformer_blocks.0.attn2.to_out.0": "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "middle_block.2.emb_layers.1": "mid_block.resnets.1.time_emb_proj",
+    "output_blocks.0.0.skip_connection": "up_blocks.0.resnets.0.conv_shortcut",
+    "output_blocks.2.1.conv": "up_blocks.0.upsamplers.0.conv",
+    "output_blocks.5.1.proj_out": "up_blocks.1.attentions.2.proj_out",
+    "output_blocks.5.2.conv": "up_blocks.1.upsamplers.0.conv",
+    "output_blocks.11.1.transformer_blocks.0.attn2.to_k": "up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k",
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb.0.2": "add_embedding.linear_2",
+    "out.2": "conv_out",
+}
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["lora_unet_{}.lora_{}.weight", "diffusion_model.{}.lora_{}.weight", "model.diffusion_model.{}.lora_{}.weight"],
+)
+def test_reads_stabilitys_own_names(tmp_path, form):
+    tensors, expected = {}, {}
+    for i, (original, name) in enumerate(SGM_NAMES.items()):
+        called = original.replace(".", "_") if form.startswith("lora_unet") else original
+        tensors |= {
+            form.format(called, "down"): torch.full((1, 2), i + 1.0),
+            form.format(called, "up"): torch.ones(3, 1),
+        }
+        expected[name] = i + 1.0
+    save_file(tensors, tmp_path / "x.safetensors")
+    with warnings.catch_warnings(action="error"):
+        lora = load_lora(tmp_path / "x.safetensors")
+    assert {name: float(down[0, 0]) for name, down in lora.down.items()} == expected
+
+
+def test_reads_diffusers_names_behind_that_of_the_original_model(unet, tmp_path):
+    lora = random_lora(unet)
+    save_file(
+        tensors_of(lora, lambda n, side: f"diffusion_model.{n}.lora_{AB[side]}.weight"), tmp_path / "x.safetensors"
+    )
+    assert_same(load_lora(tmp_path / "x.safetensors"), lora)
+
+
+def test_reads_a_checkpoint_that_nests_its_tensors(unet, tmp_path):
+    lora = random_lora(unet)
+    tensors = tensors_of(lora, LAYOUTS["kohya"])
+    for content in ({"state_dict": tensors, "epoch": 3}, {"state_dict": {"state_dict": tensors}}):
+        torch.save(content, tmp_path / "x.ckpt")
+        assert_same(load_lora(tmp_path / "x.ckpt"), lora)
+    itself: dict[str, Any] = {}
+    itself["state_dict"] = {"state_dict": {"epoch": 1}}
+    torch.save(itself, tmp_path / "x.ckpt")
+    with pytest.raises(LoraError, match="holds no LoRA weights"):
+        load_lora(tmp_path / "x.ckpt")
+
+
+def test_an_embedding_is_named_for_what_it_is(tmp_path):
+    vectors = torch.ones(2, 8)
+    for tensors in ({"emb_params": vectors}, {"clip_l": vectors, "clip_g": vectors}, {"<cat>": vectors}):
+        save_file({k: v.clone() for k, v in tensors.items()}, tmp_path / "x.safetensors")
+        with pytest.raises(LoraError, match="is a textual inversion .*load_textual_inversion"):
+            load_lora(tmp_path / "x.safetensors")
+    torch.save({"string_to_param": {"*": vectors}, "name": "cat"}, tmp_path / "x.pt")
+    with pytest.raises(LoraError, match="is a textual inversion"):
+        load_lora(tmp_path / "x.pt")
 
 
 class Evil:
@@ -569,9 +786,18 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "whole model, pickled": (lambda path: torch.save({"a.weight": torch.ones(2)}, path), "no LoRA weights"),
     "no tensors": (without_tensors, "holds no tensors"),
     "numbers only": (lambda path: torch.save({"step": 1, 2: torch.ones(1)}, path), "holds no tensors"),
-    "text encoder only": (safetensors_of(pair("lora_te_text_model_encoder_layers_0_mlp_fc1")), "no LoRA for a U-Net"),
-    "another network": (safetensors_of(pair("prior.transformer_blocks.0.attn.to_q")), "no LoRA for a U-Net"),
-    "another network, kohya": (safetensors_of(pair("lora_unet_double_blocks_0_img_attn")), "no LoRA for a U-Net"),
+    "text encoder only": (
+        safetensors_of(pair("lora_te_text_model_encoder_layers_0_mlp_fc1")),
+        "no LoRA for the network of a Stable Diffusion or FLUX model",
+    ),
+    "another network": (
+        safetensors_of(pair("prior.transformer_blocks.0.attn.to_q")),
+        "no LoRA for the network of a Stable Diffusion or FLUX model",
+    ),
+    "another network, kohya": (
+        safetensors_of(pair("lora_unet_double_blocks_0_img_attn")),
+        r"no LoRA for it that diffusers can convert \(Incompatible keys detected\)",
+    ),
     "down alone": (of_pair(up=None), f"lacks the up matrix of layer {LAYER}"),
     "up alone": (of_pair(down=None), f"lacks the down matrix of layer {LAYER}"),
     "ranks differ": (of_pair(up=torch.ones(5, 3)), f"rank 2 and 3 in layer {LAYER}"),
@@ -585,17 +811,7 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no data": (of_pair(down=torch.ones(2, 3, device="meta")), r"torch.float32 tensor of shape \(2, 3\)"),
     "many alphas": (of_pair(alpha=torch.ones(2)), r"alpha of shape \(2,\)"),
     "a layer twice": (safetensors_of(pair(f"unet.{LAYER}") | pair(LAYER)), f"has layer {LAYER} twice"),
-    "LoHa": (safetensors_of({f"{kohya(LAYER)}.hada_w1_a": torch.ones(2, 2)}), "LoHa file, which is not supported"),
-    "LoKr": (safetensors_of({f"{kohya(LAYER)}.lokr_w1": torch.ones(2, 2)}), "LoKr file, which is not supported"),
     "OFT": (safetensors_of({f"{kohya(LAYER)}.oft_blocks": torch.ones(2, 2)}), "OFT file, which is not supported"),
-    "DoRA, kohya": (
-        safetensors_of(pair(kohya(LAYER)) | {f"{kohya(LAYER)}.dora_scale": torch.ones(5, 1)}),
-        "DoRA file, which is not supported",
-    ),
-    "DoRA, PEFT": (
-        safetensors_of(pair(LAYER) | {f"{LAYER}.lora_magnitude_vector.default.weight": torch.ones(5)}),
-        "DoRA file, which is not supported",
-    ),
     "bias": (
         safetensors_of(pair(LAYER) | {f"{LAYER}.lora_B.default.bias": torch.ones(5)}),
         "LoRA with a bias file, which is not supported",
@@ -646,3 +862,11 @@ def test_a_whole_model_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("diffmorpher.files.loras.safe_open", KeysOnly)
     with pytest.raises(LoraError, match="whole model"):
         load_lora(path)
+
+
+@pytest.mark.parametrize("text", ['{"unet.lora_alpha": 1%s}' % ("0" * 400), '{"unet.r": Infinity}', "[" * 100_000])
+def test_settings_out_of_all_bounds(tmp_path: Path, text: str) -> None:
+    """Found by tests/fuzz: OverflowError, RecursionError."""
+    save_file(pair(f"unet.{LAYER}"), tmp_path / "x", {"lora_adapter_metadata": text})
+    with pytest.raises(LoraError, match="settings of .* cannot be read"):
+        load_lora(tmp_path / "x")

@@ -80,7 +80,7 @@ def test_idle_networks_leave_the_gpu() -> None:
     films = []
     for low_memory in (False, True):
         torch.cuda.reset_peak_memory_stats()
-        morpher = Morpher.from_pretrained("mini", device="cuda", low_memory=low_memory)
+        morpher = Morpher.from_pretrained("mini", device="cuda", dtype="float32", low_memory=low_memory)
         places: set[str] = set()
         morpher.pipe.unet.register_forward_hook(
             lambda m, args, output, morpher=morpher, places=places: places.add(morpher.pipe.text_encoder.device.type)

@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderTiny,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLImg2ImgPipeline,
+)
+from huggingface_hub.errors import GatedRepoError
 from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
-from conftest import tiny_pipeline
-from diffmorpher import FitConfig, Morpher, SampleConfig
+from conftest import ASSETS, tiny_flux_pipeline, tiny_pipeline, tiny_xl_pipeline
+from diffmorpher import FitConfig, Morpher, Recipe, SampleConfig
+from diffmorpher.cli.app import app
 from diffmorpher.errors import ConfigError, ModelError
-from diffmorpher.models.catalog import CATALOG, check_model
+from diffmorpher.models.catalog import CATALOG, FLOW, ModelSpec, check_model, look_up, spec_of
 from diffmorpher.models.conditioning import Conditioning
-from diffmorpher.models.loading import choose_device, choose_dtype
+from diffmorpher.models.loading import LARGE, choose_device, choose_dtype, count_parameters, load_pipeline
 from diffmorpher.models.stable_diffusion import StableDiffusion
+from diffmorpher.web.jobs import Studio
 
 PICTURES = [Image.effect_noise((40, 32), s).convert("RGB") for s in (20, 90)]
 QUICK: dict[str, Any] = {"num_frames": 3, "fit": FitConfig(rank=2, steps=1), "sample": SampleConfig(steps=2)}
@@ -225,6 +245,91 @@ def test_pipelines_of_other_kinds_are_refused() -> None:
         Morpher(sample_prediction)
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
+def test_schedulers_of_other_models_are_refused(make: Any) -> None:
+    """Their sigmas are no Stable Diffusion's: taken for DDIM's, they make a film of noise."""
+    flows = [FlowMatchEulerDiscreteScheduler(), FlowMatchHeunDiscreteScheduler()]
+    others = [EDMEulerScheduler(), DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")]
+    for scheduler in (*flows, *others):
+        pipe = make()
+        pipe.scheduler = scheduler
+        with pytest.raises(ModelError, match=f"the scheduler {type(scheduler).__name__} is for other models"):
+            Morpher(pipe)
+    for scheduler in (EulerDiscreteScheduler(), DPMSolverMultistepScheduler(), LCMScheduler()):
+        pipe = make()
+        pipe.scheduler = scheduler
+        assert Morpher(pipe).backbone.num_train_timesteps == 1000
+
+
+def test_an_autoencoders_own_mean_and_spread_are_applied_as_diffusers_does() -> None:
+    pipe = tiny_xl_pipeline()
+    pipe.vae.register_to_config(latents_mean=[0.5, -0.3, 0.1, 0.7], latents_std=[0.5, 1.5, 2.0, 0.8])
+    backbone = Morpher(pipe).backbone
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    same = {
+        "prompt": "a",
+        "latents": latents,
+        "num_inference_steps": 2,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 1.0,
+    }
+    clean = pipe(**same, output_type="latent").images
+    with torch.no_grad():
+        assert_close(backbone.decode(clean) / 2 + 0.5, pipe(**same, output_type="pt").images, rtol=0, atol=1e-5)
+        pixels = backbone.decode(clean)
+        mean, std = backbone.encode(pixels)
+    with torch.no_grad():  # image to image, in diffusers, takes a sample of the posterior: two, to tell mean and spread
+        other = StableDiffusionXLImg2ImgPipeline(**pipe.components)
+        generator = torch.Generator().manual_seed(1)
+        theirs = other.prepare_latents(
+            pixels, torch.tensor([0]), 1, 1, torch.float32, "cpu", generator, add_noise=False
+        )
+    draw = torch.randn(mean.shape, generator=torch.Generator().manual_seed(1))
+    assert_close(mean + std * draw, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_an_autoencoder_without_a_posterior_works() -> None:
+    """TAESD gives latents where others give a distribution."""
+    pipe = tiny_pipeline()
+    torch.manual_seed(0)
+    widths = (16, 16, 16)
+    pipe.vae = AutoencoderTiny(
+        encoder_block_out_channels=widths, decoder_block_out_channels=widths, num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1), latent_channels=4,
+    ).eval()  # fmt: skip
+    morpher = Morpher(pipe)
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        mean, std = morpher.backbone.encode(pixels)
+        assert_close(mean, pipe.vae.encode(pixels).latents)
+    assert not std.any() and mean.shape == (2, 4, 8, 8)
+    result = morpher(PICTURES, "noise", **QUICK)
+    assert len(result.frames) == 3 and all(d == d for d in result.distances)
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline])
+def test_a_textual_inversion_of_several_vectors_is_used_whole(make: Any) -> None:
+    pipe = make()
+    encoders = [(pipe.text_encoder, pipe.tokenizer)]
+    if hasattr(pipe, "text_encoder_2"):
+        pipe.tokenizer_2 = copy.deepcopy(pipe.tokenizer)
+        encoders.append((pipe.text_encoder_2, pipe.tokenizer_2))
+    generator = torch.Generator().manual_seed(0)
+    for encoder, tokenizer in encoders:
+        vectors = torch.randn(3, encoder.config.hidden_size, generator=generator)
+        pipe.load_textual_inversion({"<cat>": vectors}, token="<cat>", text_encoder=encoder, tokenizer=tokenizer)
+    backbone = Morpher(pipe).backbone
+    with torch.no_grad():
+        theirs = pipe.encode_prompt(prompt="a <cat> here", device="cpu", num_images_per_prompt=1,
+                                    do_classifier_free_guidance=False)[0]  # fmt: skip
+        ours = backbone.encode_prompts(["a <cat> here"])["text"]
+        first = backbone.encode_prompts(["a <cat>"])["text"]
+    assert_close(ours, theirs)
+    assert "<cat>_2" in pipe.maybe_convert_prompt("a <cat> here", pipe.tokenizer)
+    assert (first - ours).abs().max() > 1e-3
+
+
 def test_devices_and_dtypes_are_checked() -> None:
     with pytest.raises(ModelError, match="'gpu'.*try"):
         choose_device("gpu")
@@ -234,9 +339,146 @@ def test_devices_and_dtypes_are_checked() -> None:
     assert choose_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "parameters", "dtype"),
+    [
+        ({"avx512_bf16": True}, LARGE + 1, torch.bfloat16),
+        ({"amx_bf16": True}, LARGE + 1, torch.bfloat16),
+        ({"avx512_bf16": True}, LARGE, torch.float32),
+        ({"avx512_f": True}, LARGE + 1, torch.float32),
+        ({}, LARGE + 1, torch.float32),
+    ],
+)
+def test_a_large_network_is_in_bfloat16_on_a_cpu_that_has_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], parameters: int, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert choose_dtype(None, torch.device("cpu"), parameters) == dtype
+    assert choose_dtype("float16", torch.device("cpu"), parameters) == torch.float16
+
+
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_flux_pipeline])
+def test_a_models_size_is_read_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]
+) -> None:
+    pipe = make()
+    pipe.save_pretrained(tmp_path)
+    network = pipe.transformer if hasattr(pipe, "transformer") else pipe.unet
+    pipe.save_pretrained(tmp_path / "shards", max_shard_size="100KB")
+    (folder,) = (f.parent for f in tmp_path.glob("[ut]*/diffusion_pytorch_model.safetensors"))
+    network.save_pretrained(folder, variant="fp16")  # which is not asked for
+    size = sum(p.numel() for p in network.parameters())
+    assert count_parameters(tmp_path) == count_parameters(tmp_path / "shards") == size
+    weights = {f"model.diffusion_model.{name}": x for name, x in network.state_dict().items()}
+    save_file({**weights, "first_stage_model.x": torch.zeros(9)}, tmp_path / "whole.safetensors")
+    assert count_parameters(tmp_path / "whole.safetensors") == size
+    assert count_parameters(tmp_path / "nowhere") == 0
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    for large, dtype in ((size, "float32"), (size - 1, "bfloat16")):
+        monkeypatch.setattr("diffmorpher.models.loading.LARGE", large)
+        made = Morpher.from_pretrained(str(tmp_path), device="cpu")(PICTURES, "noise", **QUICK)
+        assert made.settings["dtype"] == dtype  # so the film is made again as it was
+
+
 def test_the_catalogs_names_and_hub_ids_pass_without_loading() -> None:
     for name in [*CATALOG, "owner/name", "stable-diffusion-v1-5/stable-diffusion-v1-5"]:
         check_model(name)
+
+
+def test_a_catalogs_model_is_known_by_where_it_is_too() -> None:
+    for name, spec in CATALOG.items():
+        assert spec_of(name) is spec_of(spec.source) is spec
+
+
+def test_what_suits_a_model_is_read_from_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformer is a flow's: in a folder, in the hub's cache, in a single file's keys or the configuration beside it."""
+    monkeypatch.chdir(tmp_path)
+    index = {"transformer": ["diffusers", "FluxTransformer2DModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    for folder, parts in (("flow", index), ("unet", {"unet": ["diffusers", "UNet2DConditionModel"]}), ("other", index)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model_index.json").write_text(json.dumps(parts))
+    flux = {
+        "double_blocks.0.img_attn.norm.key_norm.scale": (1,),
+        "img_in.weight": (8, 64),
+        "guidance_in.in_layer.weight": (1, 1),
+    }
+    half = {key: torch.zeros(shape, dtype=torch.bfloat16) for key, shape in flux.items()}
+    save_file(half, tmp_path / "flux.safetensors")
+    save_file({"input_blocks.0.0.weight": torch.zeros(8, 4, 1, 1)}, tmp_path / "sd.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "model_index.json").write_text("{")
+    for model in ("flow", str(tmp_path / "flow"), "flux.safetensors", "other.safetensors"):
+        assert spec_of(model) == FLOW, model
+    for model in ("unet", "sd.safetensors", "broken", "nowhere", "no.safetensors", "a/b", "-/-", "x" * 999, "x\0"):
+        assert spec_of(model) == ModelSpec(), model
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A hub that has the flow a/flow, and an empty cache; what it was asked for."""
+    snapshot = tmp_path / "models--a--flow" / "snapshots" / "1"
+    models: list[str] = []
+
+    def download(model: str, file: str) -> None:
+        models.append(model)
+        if model != "a/flow":
+            raise OSError("no such model\nand more")
+        for folder in (snapshot, tmp_path / "models--a--flow" / "refs"):
+            folder.mkdir(parents=True)
+        (snapshot / file).write_text('{"transformer": ["diffusers", "X"]}')
+        (tmp_path / "models--a--flow" / "refs" / "main").write_text("1")
+
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    return models
+
+
+def test_what_suits_a_hub_id_is_read_from_the_cache_and_looked_up_before(tmp_path: Path, asked: list[str]) -> None:
+    assert spec_of("a/flow") == ModelSpec()
+    assert [look_up("a/flow"), look_up("a/flow")] == [True, False]  # once
+    assert spec_of("a/flow") == FLOW
+    for model in (*CATALOG, CATALOG["sdxl"].source, str(tmp_path), "./a", "x.safetensors"):
+        assert not look_up(model)
+    with pytest.raises(ModelError, match=r"'a/typo' could not be loaded, and the hub .*: no such model$"):
+        look_up("a/typo")
+    assert asked == ["a/flow", "a/typo"]
+
+
+@pytest.mark.parametrize(("model", "place"), [("flux-dev", "black-forest-labs/FLUX.1-dev"), ("a/gated", "a/gated")])
+def test_a_gated_model_says_where_its_licence_is_and_how_to_log_in(
+    monkeypatch: pytest.MonkeyPatch, model: str, place: str
+) -> None:
+    """As the hub answers without a login; diffusers makes an error of its own of it."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        answer: Any = SimpleNamespace(headers={}, request=None, status_code=401)
+        raise GatedRepoError("401 Client Error", response=answer)
+
+    monkeypatch.setattr("diffusers.configuration_utils.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    said = rf"{model!r} is gated: accept its licence at https://huggingface\.co/{place}, .*'hf auth login'"
+    with pytest.raises(ModelError, match=said):
+        load_pipeline(model, torch.device("cpu"))
+    if "/" in model:
+        with pytest.raises(ModelError, match=said):
+            look_up(model)
+
+
+def test_the_command_line_and_the_page_look_a_hub_id_up_before_they_settle_a_recipe(
+    tmp_path: Path, asked: list[str]
+) -> None:
+    files = [str(ASSETS / "demo" / name) for name in ("pear.png", "rose.png")]
+    out = tmp_path / "r.toml"
+    result = CliRunner().invoke(app, ["morph", *files, "--model", "a/flow", "--save-recipe", str(out)])
+    assert result.exit_code == 0, result.output
+    assert (Recipe.read(out).fit, Recipe.read(out).sample, asked) == (FLOW.fit, FLOW.sample, ["a/flow"])
+    shutil.rmtree(tmp_path / "models--a--flow")
+    studio = Studio(tmp_path / "web")
+    assert (studio.recipe({"model": "a/flow", "steps": 5}).sample) == replace(FLOW.sample, steps=5)
+    with pytest.raises(ConfigError, match="cannot be chosen here"):  # nor asked for
+        Studio(tmp_path / "web", {"mini"}).recipe({"model": "a/other"})
+    assert asked == ["a/flow", "a/flow"]
 
 
 def test_signatures_tell_models_apart_in_any_dtype() -> None:
@@ -259,19 +501,27 @@ def test_the_schedule_does_not_move_to_the_samples_device() -> None:
     assert backbone._abar.device.type == "cpu" and backbone.schedule(5).levels == before
 
 
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_as_the_networks_output_is_the_picture_and_the_noise_it_was_made_of(prediction_type: str) -> None:
+    backbone = StableDiffusion(tiny_pipeline(prediction_type))
+    x_0, eps = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 400, 999])
+    said = backbone.prediction(backbone.training_target(x_0, eps, t), backbone.noised(x_0, eps, t), backbone.level(t))
+    assert_close(said.clean, x_0, rtol=1e-4, atol=1e-4)
+    assert_close(said.noise, eps, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("steps", [1, 2, 999, 1000])
 def test_extreme_step_counts_have_a_schedule(steps: int) -> None:
     schedule = StableDiffusion(tiny_pipeline()).schedule(steps)
     assert len(schedule) == steps == len(schedule.levels) - 1 and max(level.time for level in schedule.levels) <= 999
 
 
-def test_a_pipeline_with_adapters_says_how_to_go_on() -> None:
-    from peft import LoraConfig
-
-    pipe = tiny_pipeline()
-    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
-    with pytest.raises(ModelError, match="unload_lora_weights"):
-        Morpher(pipe)
+def test_a_pipeline_that_was_loaded_from_a_path_has_a_text_for_a_name(tmp_path: Path) -> None:
+    """diffusers keeps the `Path` that it was given; names are searched, and written to files."""
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert Morpher(pipe).backbone.name == str(tmp_path / "model")
 
 
 @pytest.mark.gpu

@@ -21,10 +21,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_models import original_layout
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 from diffmorpher import FitConfig, Morpher, Recipe, SampleConfig
-from diffmorpher.cli.about import about_file
-from diffmorpher.cli.app import _load
+from diffmorpher.cli.about import about_file, file_table
+from diffmorpher.cli.app import _load, app
 from diffmorpher.errors import ConfigError, ModelError
 from diffmorpher.models import single_file
 from diffmorpher.models.clip_vocabulary import CONFIGS, clip_tokenizer
@@ -259,6 +260,15 @@ def test_a_file_alone_is_the_same_model(name: str, tmp_path: Path, monkeypatch: 
         picture = torch.rand(1, 3, 32, 32)
         mine, theirs = (p.vae.encode(picture).latent_dist.mean for p in (loaded, pipe))
         assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_a_name_in_capitals_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = small("sd1", monkeypatch, tmp_path)
+    save_file(original("sd1", pipe), tmp_path / "MODEL.SAFETENSORS")
+    loaded, _ = load_pipeline(str(tmp_path / "MODEL.SAFETENSORS"), CPU, torch.float32)
+    assert torch.equal(loaded.unet.conv_in.weight, pipe.unet.conv_in.weight)
+    with pytest.raises(ModelError, match="pickled checkpoints can run code"):
+        load_pipeline(str(tmp_path / "MODEL.CKPT"), CPU, torch.float32)
 
 
 def texts(pipe: Any) -> list[torch.Tensor]:
@@ -568,6 +578,10 @@ def test_every_family_has_been_recognised_and_what_its_line_names_is_there() -> 
         (unet(1024, 7), "Stable Diffusion 2.x for upscaling: take"),
         (unet(1024, 4, "label_emb.0.0.weight"), "starts from pictures (unCLIP): take"),
         (unet(1280), "Stable Diffusion XL's refiner: take the base model"),
+        (
+            keys("txt_norm.weight", "time_text_embed.addition_t_embedding.weight"),
+            "Qwen-Image-Layered: take Qwen-Image",
+        ),
         (unet(768, 4, "time_embed.cond_proj.weight"), "(LCM): it is distilled to a few steps"),
         (unet(2048) | {"edm_mean": (4,)}, "EDM's noise levels: take"),
         (unet(1024, 8, "input_blocks.1.1.time_stack.0.norm1.weight"), "a video model: take"),
@@ -576,6 +590,10 @@ def test_every_family_has_been_recognised_and_what_its_line_names_is_there() -> 
             "XL, cut down, of which no configuration",
         ),
         (keys(FLUX) | {"img_in.weight": (3072, 64)}, "FLUX.1 schnell: it is distilled to a few steps"),
+        (
+            keys(FLUX, "single_stream_modulation.lin.weight", "guidance_in.in_layer.weight"),
+            "FLUX.2 dev: take FLUX.2 Klein base.",
+        ),
         (
             keys(SD3),
             "Stable Diffusion 3 medium, of which no configuration is bundled: put the rest of its diffusers folder",
@@ -610,7 +628,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], str]:
     from rich.console import Console
 
     def show(file: Path) -> str:
-        Console(width=400).print(about_file(file))
+        Console(width=400).print(file_table(about_file(file)))
         return capsys.readouterr().out
 
     return show
@@ -620,9 +638,35 @@ def test_info_says_what_a_file_holds_and_how_it_is_used(tmp_path: Path, shown: C
     text = shown(checkpoint(tmp_path, "768-v-turbo.safetensors").file)
     for word in ("768-v-turbo.safetensors", "GB, F32", "Stable Diffusion 2.x", " v ", "--model", "take the one it was"):
         assert word in text
+    assert "fit." not in text
+    flux = {"double_blocks.0.img_attn.norm.key_norm.scale": torch.zeros(1), "img_in.weight": torch.zeros(8, 64)}
+    save_file(flux | {"guidance_in.in_layer.weight": torch.zeros(1)}, tmp_path / "flux.safetensors")
+    assert "fit.learning_rate 0.0001, sample.exact_ends True" in shown(tmp_path / "flux.safetensors")
     assert "give --prediction v" in shown(checkpoint(tmp_path, "mine.safetensors").file)
     save_file({"decoder.conv_in.weight": torch.zeros(1)}, tmp_path / "vae.safetensors")
     assert "take a whole model" in shown(tmp_path / "vae.safetensors")
     (tmp_path / "text.safetensors").write_text("not a model")
     with pytest.raises(ModelError, match="no .safetensors file"):
         shown(tmp_path / "text.safetensors")
+
+
+def test_info_of_a_file_and_of_the_machine_in_json(tmp_path: Path) -> None:
+    def told(*arguments: str) -> dict[str, Any]:
+        result = CliRunner().invoke(app, ["info", *arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    file = checkpoint(tmp_path, "768-v-turbo.safetensors").file
+    facts = told(str(file))
+    assert (
+        facts["family"] == "Stable Diffusion 2.x" and facts["predicts"] == "v" and facts["bytes"] == file.stat().st_size
+    )
+    assert "take the one it was made from" in facts["but"] and facts["suits"] == {}
+    name = "lora_unet_double_blocks_0_img_mlp_0"
+    lora = {f"{name}.lora_down.weight": torch.ones(4, 3072), f"{name}.lora_up.weight": torch.ones(6 * 3072, 4)}
+    save_file(lora, tmp_path / "style.safetensors")
+    facts = told(str(tmp_path / "style.safetensors"))
+    assert facts["made_for"] == "FLUX.2 Klein" and facts["ranks"] == [4] and not facts["usable"]
+    machine = told()
+    assert machine["versions"]["torch"] == torch.__version__ and "cpu" in {d["name"] for d in machine["devices"]}
+    assert {m["name"]: m["where"] for m in machine["models"]}["mini"] == "bundled"

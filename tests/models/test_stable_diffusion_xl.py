@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import save_file
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
-from conftest import tiny_pipeline, tiny_xl_pipeline
+from conftest import tiny_xl_pipeline
 from diffmorpher import FitConfig, Morpher, SampleConfig
 from diffmorpher.cli.app import app
-from diffmorpher.errors import LoraError, ModelError
+from diffmorpher.errors import ModelError
 from diffmorpher.files.loras import load_lora, save_lora
 from diffmorpher.method.lora import LoraBank
 from diffmorpher.models.stable_diffusion_xl import StableDiffusionXL
@@ -156,6 +157,22 @@ def test_the_pipeline_comes_back_unchanged_after_an_exception_in_a_step() -> Non
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
 
 
+def test_a_float16_vae_that_overflows_works_in_float32() -> None:
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for overflows, works_in in ((True, torch.float32), (False, torch.float16)):
+        pipe = tiny_xl_pipeline()
+        pipe.vae.half().register_to_config(force_upcast=overflows)
+        seen = set()
+        for part in (pipe.vae.encoder, pipe.vae.decoder):
+            part.register_forward_hook(lambda m, x, y, seen=seen: seen.add((x[0].dtype, y.dtype)))
+        backbone = StableDiffusionXL(pipe)
+        with torch.no_grad():
+            for call, x in ((backbone.encode, pixels), (backbone.decode, torch.zeros(1, 4, 8, 8))):
+                call(x)
+                assert seen == {(works_in, works_in)} and pipe.vae.dtype == torch.float16
+                seen.clear()
+
+
 def test_the_refiner_and_a_part_that_lacks_are_named() -> None:
     refiner = tiny_xl_pipeline()
     refiner.text_encoder = None
@@ -165,13 +182,6 @@ def test_the_refiner_and_a_part_that_lacks_are_named() -> None:
     lacking.tokenizer_2 = None
     with pytest.raises(ModelError, match="lacks tokenizer_2"):
         Morpher(lacking)
-
-
-def test_a_lora_of_stable_diffusion_1_is_for_another_model(tmp_path: Path) -> None:
-    lora = Morpher(tiny_pipeline()).fit(PICTURES[0], "x", FitConfig(rank=2, steps=1))
-    file = save_lora(lora, tmp_path / "sd1.safetensors")
-    with pytest.raises(LoraError, match="another model"):
-        Morpher(tiny_xl_pipeline()).prepare(PICTURES[:2], "x", loras=[file, file], steps=2)
 
 
 def test_the_published_architecture_has_70_blocks_and_36_of_them_mix() -> None:
@@ -189,3 +199,12 @@ def test_the_published_architecture_has_70_blocks_and_36_of_them_mix() -> None:
     backbone.network = unet
     assert len(backbone.projections()) == 70 * 2 * 4
     assert len(backbone.attention_sites()) == (3 * 10 + 3 * 2) * 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    pictures = [Image.effect_noise((64, 64), spread).convert("RGB") for spread in (20, 60)]
+    morpher = Morpher(tiny_xl_pipeline().to("cuda", dtype))
+    result = morpher(pictures, "x", 4, fit=FitConfig(rank=2, steps=2), sample=SampleConfig(steps=2))
+    assert len(result.frames) == 4 and all(d == d for d in result.distances)

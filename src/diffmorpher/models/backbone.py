@@ -6,19 +6,29 @@ told beside the text and what it is called in a pipeline stay in the family's ow
 
 from __future__ import annotations
 
+import hashlib
+import json
+import platform
+import threading
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from ..errors import ModelError
 from .conditioning import Conditioning
+from .finite import check_finite, is_finite
 from .group_norm import exact_group_norm
 from .levels import Level, NoiseSchedule, Prediction
+from .turns import settled
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ class Backbone(ABC):
     the same. tf32: on a GPU, let float32 products be rounded to TF32, which is faster.
     Latents are always unpacked, (B, C, h, w). Pictures and latents may have any strides, which change no byte of what comes
     out; that is always contiguous.
-    `unet_rows` counts the rows of every batch of the network so far; a row that is trained on (forward and backward) counts 3.
+    `unet_rows` counts the rows of every batch of the network so far in the thread that asks; a row that is trained on (forward
+    and backward) counts 3.
     """
 
     family: ClassVar[str]  # for people
@@ -65,30 +76,55 @@ class Backbone(ABC):
     def __init__(self, pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> None:
         kind, called = type(pipe).__name__, {"unet": "U-Net"}.get(self.network_part, self.network_part)
         missing = [part for part in self.needed if getattr(pipe, part, None) is None]
+        if not missing and hasattr(getattr(pipe, self.network_part), "_orig_mod"):
+            raise ModelError(
+                f"the {called} is compiled (torch.compile); put the one that it was made of back: "
+                f"pipe.{self.network_part} = pipe.{self.network_part}._orig_mod."
+            )
         if missing or not isinstance(getattr(pipe, self.network_part), self.network_class):
             lacks = ", ".join(missing) or f"a {self.network_class.__name__}"
             raise ModelError(f"{kind} is not a {self.family} pipeline (it lacks {lacks}).")
         self.network, self.vae = getattr(pipe, self.network_part), pipe.vae
         modules = [getattr(pipe, part, None) for part in (*self.needed, *self.optional)]
         self.parts = tuple(module for module in modules if isinstance(module, nn.Module))
-        self.vae_factor = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-        if any(getattr(m, "fused_projections", False) for m in self.network.modules()):
+        self.vae_factor = int(pipe.vae_scale_factor)
+        self.pipe = pipe
+        self.low_memory, self.tf32 = low_memory, tf32
+        self.name = name or str(getattr(pipe.config, "_name_or_path", None) or "") or type(pipe).__name__
+        self._rows: Counter[int] = Counter()  # by thread
+        self._adapters_before = self._adapters()
+        self.fits: dict[tuple[str, int, int], int] = {}  # see `memory.in_parts`
+        self._vae_overflows = False
+        self.check()
+
+    def check(self) -> None:
+        """Raise `ModelError` for a network in a state in which the method would do something else; asked at each use."""
+        called, modules = {"unet": "U-Net"}.get(self.network_part, self.network_part), list(self.network.modules())
+        if getattr(self.pipe, self.network_part) is not self.network:
+            raise ModelError(f"the pipeline has another {called} than before; make a new Morpher of it.")
+        if any(_is_fused(m) for m in modules):
             raise ModelError(f"the {called}'s projections are fused; call pipe.unfuse_qkv_projections() first.")
-        if any(hasattr(m, "base_layer") for m in self.network.modules()):
+        if self._adapters() != self._adapters_before:
+            raise ModelError(f"the {called} has other LoRA adapters than before; make a new Morpher of the pipeline.")
+        if any("layerwise_casting" in getattr(getattr(m, "_diffusers_hook", None), "hooks", ()) for m in modules):
             raise ModelError(
-                f"the {called} has LoRA adapters loaded; call pipe.unload_lora_weights() first (after pipe.fuse_lora() to "
-                "keep them)."
+                f"the {called}'s layers are stored in another type than they work in (enable_layerwise_casting), in which no "
+                "LoRA can be fitted; load the pipeline again without."
             )
         if self.network.device.type == "meta":
             raise ModelError(
                 f"the {called} is under sequential offload, which is not supported; use model offload or none."
             )
-        self.pipe = pipe
-        self.low_memory, self.tf32 = low_memory, tf32
-        self.name = name or getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__
-        self.unet_rows = 0
 
     # ---- facts
+
+    @property
+    def unet_rows(self) -> int:
+        return self._rows[threading.get_ident()]
+
+    def count_rows(self, rows: int) -> None:
+        """Count rows of the same network elsewhere, which worked for this thread."""
+        self._rows[threading.get_ident()] += rows
 
     @property
     def device(self) -> torch.device:
@@ -100,18 +136,76 @@ class Backbone(ABC):
     def native_size(self) -> tuple[int, int]:
         """The size the model was trained at, (width, height) in pixels. Raises `ModelError` where it does not say."""
 
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents (B, C, h, w)."""
+        config = self.vae.config
+        return int(getattr(config, "latent_channels", None) or config.z_dim)
+
     @abstractmethod
     def ends(self) -> tuple[Tensor, Tensor]:
         """The weights of the network's first layer and of its last, by which models are told apart."""
 
     def signature(self) -> dict[str, list[float]]:
         """The network's sizes and some of its weights, to be stored with what belongs to this model."""
-        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in self.ends()]
-        return {"sizes": [float(size) for w in self.ends() for size in w.shape], "weights": sampled[0] + sampled[1]}
+        # Quantised weights are packed, anew for every machine: where an end is, the first or last plain weights stand in.
+        plain = [p for p in self.network.parameters() if _is_plain(p)]
+        ends = [w if _is_plain(w) else plain[i] for w, i in zip(self.ends(), (0, -1), strict=True)]
+        sampled = [w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float().tolist() for w in ends]
+        adapters = [
+            float((layer.lora_A[name].weight.norm() * layer.lora_B[name].weight.norm() * scale).detach())
+            for layer, scales in self._adapters().items()
+            for name, scale in scales.items()
+        ]
+        return {
+            "sizes": [float(size) for w in ends for size in w.shape],
+            "weights": sampled[0] + sampled[1] + ([sum(adapters)] if adapters else []),
+        }
+
+    def _adapters(self) -> dict[Any, dict[str, float]]:
+        """The layers with LoRA adapters of the user's that act (PEFT's), and how much each adapter counts."""
+        layers = [
+            m for m in self.network.modules() if hasattr(m, "base_layer") and not getattr(m, "disable_adapters", False)
+        ]
+        return {
+            m: {name: m.scaling[name] for name in m.active_adapters if name in getattr(m, "lora_A", ())} for m in layers
+        }
+
+    def identity(self) -> str:
+        """A digest of all that the bytes of what the model makes depend on: weights, configurations, versions, the machine.
+
+        Of each weight some numbers stand for it, evenly spread over it, so that one that was fused or trained is another.
+        """
+        found, samples = hashlib.sha256(), []
+        for network in (self.network, self.vae):
+            for name, w in network.state_dict().items():
+                found.update(f"{name} {tuple(w.shape)} {w.dtype}".encode())
+                if _is_plain(w) and w.numel() and w.device.type != "meta":
+                    samples.append(w.detach().flatten()[:: max(1, w.numel() // 32)][:32].float())
+            found.update(json.dumps(dict(network.config), sort_keys=True, default=str).encode())
+        found.update(torch.cat(samples).cpu().numpy().tobytes())
+        on_gpu = self.device.type == "cuda"
+        device = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+        versions = [version(name) for name in ("diffmorpher", "torch", "diffusers")]
+        scheduler = json.dumps(dict(self.pipe.scheduler.config), sort_keys=True, default=str)
+        adapters = [repr(m.scaling) for m in self.network.modules() if isinstance(getattr(m, "scaling", None), dict)]
+        about = [
+            self.family,
+            self.device.type,
+            device,
+            platform.machine(),
+            torch.get_num_threads(),
+            self.low_memory,
+            self.tf32,
+        ]
+        found.update(repr((about, versions, scheduler, adapters)).encode())
+        return found.hexdigest()
 
     def has_signature(self, signature: dict[str, list[float]]) -> bool:
         """Whether a stored `signature` is this model's, in whatever dtype each was loaded."""
         own = self.signature()
+        if [len(own[name]) for name in own] != [len(signature[name]) for name in own]:
+            return False
         return own["sizes"] == signature["sizes"] and torch.allclose(
             torch.tensor(own["weights"]), torch.tensor(signature["weights"]), rtol=0.02, atol=1e-3
         )
@@ -146,20 +240,63 @@ class Backbone(ABC):
         if self.low_memory and len(pixels) > 1:
             mean, std = zip(*map(self.encode, pixels.split(1)), strict=True)
             return torch.cat(mean), torch.cat(std)
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype).contiguous()).latent_dist
+
+        def encoded() -> tuple[Tensor, Tensor]:
+            found = self.vae.encode(pixels.to(self.device, self.vae.dtype).contiguous())
+            if not hasattr(found, "latent_dist"):  # TAESD: a point in place of a distribution
+                return found.latents.float(), torch.zeros_like(found.latents, dtype=torch.float32)
+            return found.latent_dist.mean.float(), found.latent_dist.std.float()
+
         shift, scale = self._shift_and_scale()
-        mean, std = (posterior.mean.float() - shift) * scale, posterior.std.float() * scale
-        return mean.contiguous(), std.contiguous()
+        posterior = self._through_vae("encode", "a picture's latents", encoded)
+        return ((posterior[0] - shift) * scale).contiguous(), (posterior[1] * scale).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents (B, C, h, w) to pictures (B, 3, H, W), float32, in [-1, 1]."""
         shift, scale = self._shift_and_scale()
         z = latents / scale + shift
-        return self.vae.decode(z.to(self.device, self.vae.dtype).contiguous()).sample.float().clamp(-1, 1).contiguous()
+
+        def decoded() -> tuple[Tensor]:
+            return (self.vae.decode(z.to(self.device, self.vae.dtype).contiguous()).sample.float(),)
+
+        return self._through_vae("decode", "a frame's pixels", decoded)[0].clamp(-1, 1).contiguous()
+
+    def _through_vae(self, stage: str, what: str, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """What `run` gives, tensors that are finite; where the VAE overflows in float16, once more and from then on in float32.
+
+        Raises `NumbersError`.
+        """
+        narrow = self.vae.dtype == torch.float16
+        if narrow and not self._vae_overflows:
+            found = run()
+            if is_finite(*found):
+                return found
+        with self._wide_vae() if narrow else nullcontext():
+            found = run()
+            for x in found:
+                check_finite(x, what, stage, [self.vae], "this VAE was made for other pictures or latents")
+        if narrow and not self._vae_overflows:
+            self._vae_overflows = True
+            warnings.warn("the VAE overflowed in float16; it works in float32 from here on.", stacklevel=4)
+        return found
+
+    @contextmanager
+    def _wide_vae(self) -> Iterator[None]:
+        """While open, the VAE is in float32; afterwards in float16 again, which its weights came from."""
+        try:
+            self.vae.float()
+            yield
+        finally:
+            self.vae.half()
 
     def _shift_and_scale(self) -> tuple[Any, Any]:
         """What is taken off the VAE's own latents, and what they are then multiplied by."""
-        return getattr(self.vae.config, "shift_factor", None) or 0.0, self.vae.config.scaling_factor
+        config = self.vae.config
+        mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+        if mean is None or std is None:
+            return getattr(config, "shift_factor", None) or 0.0, config.scaling_factor
+        shift, spread = (torch.tensor(x, device=self.device).reshape(1, -1, 1, 1) for x in (mean, std))
+        return shift, config.scaling_factor / spread
 
     @abstractmethod
     def encode_prompts(self, prompts: Sequence[str], length: int = 0) -> Conditioning:
@@ -190,6 +327,10 @@ class Backbone(ABC):
         latents = latents.contiguous()
         return self.prediction(self.output(latents, level, conditioning, guidance), latents, level)
 
+    def guided(self, both: Prediction, level: Level, scale: float) -> Prediction:
+        """Classifier-free guidance of a batch of two halves at a level, the first without text; a family may have its own."""
+        return both.guided(scale)
+
     def noised(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """`z_t = a_t x_0 + s_t eps`, for the fit; t: training timesteps, (B,)."""
         return self.level(t).noised(x_0, eps)
@@ -199,12 +340,12 @@ class Backbone(ABC):
         """What `output` should be for `noised(x_0, eps, t)`."""
 
     def _count(self, rows: int) -> None:
-        self.unet_rows += rows * (3 if torch.is_grad_enabled() else 1)
+        self._rows[threading.get_ident()] += rows * (3 if torch.is_grad_enabled() else 1)
 
     @contextmanager
-    def trained(self) -> Iterator[None]:
-        """While open, gradients pass through the network; in low memory blocks are run again on the way back."""
-        checkpoint = self.low_memory and not self.network.is_gradient_checkpointing
+    def trained(self, spare: bool = False) -> Iterator[None]:
+        """While open, gradients pass through the network; in low memory, or to `spare` it, blocks run again on the way back."""
+        checkpoint = (spare or self.low_memory) and not self.network.is_gradient_checkpointing
         try:
             if checkpoint:
                 self.network.enable_gradient_checkpointing()
@@ -216,7 +357,16 @@ class Backbone(ABC):
 
     @contextmanager
     def borrowed(self) -> Iterator[None]:
-        """While open, all networks are in eval mode, frozen and exact (`group_norm`); afterwards each is as it was found."""
+        """While open, all networks are in eval mode, frozen and exact (`group_norm`), and torch is `settled`; afterwards each
+        is as it was found. Other threads wait meanwhile. Raises `ModelError` where `check` does.
+        """
+        with settled(self.tf32):
+            self.check()
+            with self._frozen():
+                yield
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
         modules = [m for m in self.parts for m in m.modules()]
         training = [m.training for m in modules]
         parameters = [p for m in self.parts for p in m.parameters()]
@@ -226,7 +376,7 @@ class Backbone(ABC):
                 m.training = False
             for p in parameters:
                 p.requires_grad_(False)
-            with float32_products(self.tf32), exact_group_norm(modules):
+            with exact_group_norm(modules):
                 yield
         finally:
             for m, was in zip(modules, training, strict=True):
@@ -235,15 +385,15 @@ class Backbone(ABC):
                 p.requires_grad_(was)
 
 
-@contextmanager
-def float32_products(tf32: bool) -> Iterator[None]:
-    """While open, float32 products on a GPU are rounded to TF32 or not; torch's own default is to do so in convolutions."""
-    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [place.allow_tf32 for place in places]
-    try:
-        for place in places:
-            place.allow_tf32 = tf32
-        yield
-    finally:
-        for place, was in zip(places, before, strict=True):
-            place.allow_tf32 = was
+def _is_plain(weight: Tensor) -> bool:
+    """Whether a weight is numbers as they are; not one that is quantised, which may call itself floating point."""
+    return type(weight.data) is Tensor and weight.is_floating_point()
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether an attention layer takes queries, keys and values from one layer, past those that LoRAs are attached to.
+
+    diffusers' older class keeps its mark when it is unfused; there the processor says it.
+    """
+    marked = getattr(module, "fused_projections", False) and not isinstance(module, Attention)
+    return marked or type(getattr(module, "processor", None)).__name__.startswith("Fused")

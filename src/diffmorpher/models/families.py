@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 #: Keys of a file, and the shapes of what they name.
 Shapes = Mapping[str, Sequence[int]]
@@ -44,7 +45,7 @@ FAMILIES: dict[str, Family] = {
     "flux-schnell": Family("FLUX.1 schnell", instead=f"{_FEW_STEPS} FLUX.1 dev"),
     "flux-fill": Family("FLUX.1 Fill, for inpainting", instead="take FLUX.1 dev"),
     "flux-control": Family("FLUX.1 Depth or Canny", instead="take FLUX.1 dev"),
-    "flux2": Family("FLUX.2 dev", "Flux2Pipeline", network="Flux2Transformer2DModel"),
+    "flux2": Family("FLUX.2 dev", instead="take FLUX.2 Klein base"),
     "flux2-klein": Family("FLUX.2 Klein", "Flux2KleinPipeline", network="Flux2Transformer2DModel"),
     "z-image": Family("Z-Image", "ZImagePipeline", network="ZImageTransformer2DModel"),
     "qwen-image": Family("Qwen-Image", "QwenImagePipeline", network="QwenImageTransformer2DModel"),
@@ -97,6 +98,8 @@ def family(shapes: Shapes) -> Family:
         return FAMILIES[made_for or ("flux" if has("guidance_in.in_layer.weight") else "flux-schnell")]
     if has("x_embedder.weight", "cap_embedder.0.weight", "layers.0.adaLN_modulation.0.weight"):
         return FAMILIES["z-image"]
+    if has("txt_norm.weight", "time_text_embed.addition_t_embedding.weight"):
+        return Family("Qwen-Image-Layered", instead="take Qwen-Image")
     if has("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"):
         return FAMILIES["qwen-image"]
     if any_is(r"^(encoder\.)?(down_blocks|transformer_blocks|single_transformer_blocks)\.0\.|^all_x_embedder\."):
@@ -106,6 +109,17 @@ def family(shapes: Shapes) -> Family:
     if any_is(r"(^|\.)text_model\.|^shared\.weight$|resblocks\.0\.attn\.|^model\.layers\.0\.self_attn\."):
         return FAMILIES["text-encoder"]
     return FAMILIES["unknown"]
+
+
+def family_of_file(file: Path) -> Family:
+    """The family of a .safetensors file by its header; `FAMILIES["unknown"]` for any other file."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(file, "numpy") as opened:
+            return family({key: opened.get_slice(key).get_shape() for key in opened.keys()})  # noqa: SIM118
+    except Exception:  # loading says what is wrong with it
+        return FAMILIES["unknown"]
 
 
 def _unet(shapes: Shapes) -> Family:

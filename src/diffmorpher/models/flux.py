@@ -14,7 +14,7 @@ from .backbone import AttentionSite
 from .conditioning import Conditioning
 from .flow import Flow
 from .levels import Level
-from .text import tokenized
+from .text import tokenized, with_all_vectors
 
 
 class Flux(Flow):
@@ -60,11 +60,10 @@ class Flux(Flow):
         clip, t5 = self.pipe.tokenizer, self.pipe.tokenizer_2
         limit = min(clip.model_max_length, self.pipe.text_encoder.config.max_position_embeddings)
         # CLIP's share is the pooled text alone, and T5 reads on: only the longer limit is worth a warning.
-        ids = clip(
-            list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
-        ).input_ids
+        texts = with_all_vectors(self.pipe, prompts, clip)
+        ids = clip(texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt").input_ids
         pooled = self.pipe.text_encoder(ids.to(self.device)).pooler_output
-        ids = tokenized(t5, prompts, min(512, t5.model_max_length)).input_ids
+        ids = tokenized(t5, with_all_vectors(self.pipe, prompts, t5), min(512, t5.model_max_length)).input_ids
         return Conditioning(
             {"text": self.pipe.text_encoder_2(ids.to(self.device))[0].float(), "pooled": pooled.float()}
         )

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
-from ..errors import ModelError
+from ..errors import ModelError, OutOfMemory
 from .backbone import Backbone
-from .catalog import CATALOG, ModelSpec, check_model
+from .bundled import check_sums
+from .catalog import ASSETS, NOT_ON_HUB, ModelSpec, catalogued, check_model, not_loaded
 from .flux import Flux
+from .flux2 import Flux2
+from .memory import is_out_of_memory
+from .qwen_image import QwenImage
 from .single_file import Prediction, load_single_file, predicting
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+from .z_image import ZImage
+
+#: Parameters from which on a network is large: mini has 22 M, Stable Diffusion 1.x 860 M.
+LARGE = 500_000_000
 
 UNETS: tuple[type[Backbone], ...] = (StableDiffusion, StableDiffusionXL)
-FLOWS: tuple[type[Backbone], ...] = (StableDiffusion3, Flux)
+FLOWS: tuple[type[Backbone], ...] = (StableDiffusion3, Flux, Flux2, ZImage, QwenImage)
 
 
 def default_device() -> torch.device:
@@ -39,9 +49,14 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for; else float32, on CUDA bfloat16 (float16 where the card has no bfloat16)."""
+def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, parameters: int = 0) -> torch.dtype:
+    """The dtype asked for; else float32, on CUDA bfloat16 (float16 where the card has no bfloat16).
+
+    On a CPU that multiplies in bfloat16 a network of more than `LARGE` parameters gets that too.
+    """
     if dtype is None:
+        if device.type == "cpu" and parameters > LARGE and _multiplies_in_bfloat16():
+            return torch.bfloat16
         if device.type != "cuda":
             return torch.float32
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
@@ -50,7 +65,32 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch
         if dtype not in names:
             raise ModelError(f"the dtype {dtype!r} is not known; use one of {', '.join(names)}.")
         return names[dtype]
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ModelError(f"the dtype is {dtype!r}, but must be a floating-point one, such as torch.float32.")
     return dtype
+
+
+def _multiplies_in_bfloat16() -> bool:
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.6 has none
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def count_parameters(model: Path) -> int:
+    """How many parameters the network of a folder or a .safetensors file has, by the headers; 0 where these do not say."""
+    one = model.suffix.lower() == ".safetensors"
+    files = [model] if one else [f for p in ("unet", "transformer") for f in (model / p).glob("*model*.safetensors")]
+    try:  # of variants, such as model.fp16.safetensors, none is loaded
+        return sum(_count_in(file) for file in files if one or file.name.count(".") == 1)
+    except Exception:  # loading says what is wrong with it
+        return 0
+
+
+def _count_in(file: Path) -> int:
+    """Those of a whole checkpoint's network alone, where it has more than that."""
+    with safe_open(file, "np") as opened:
+        sizes = {key: math.prod(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    network = {key: size for key, size in sizes.items() if key.startswith("model.diffusion_model.")}
+    return sum((network or sizes).values())
 
 
 def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> Backbone:
@@ -69,12 +109,13 @@ def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool 
 def load_pipeline(
     model: str,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: str | torch.dtype | None = None,
     offload: bool = False,
     prediction: Prediction | None = None,
-) -> tuple[Any, ModelSpec]:
-    """Load an alias, hub id, folder or .safetensors file as a diffusers pipeline.
+) -> tuple[Any, ModelSpec | None]:
+    """Load an alias, hub id, folder or .safetensors file as a diffusers pipeline, with its entry in the catalog.
 
+    dtype: None takes what suits the device and the network, see `choose_dtype`.
     offload: leave each network in the machine's memory while it is not at work (on a CPU this changes nothing). prediction:
     what the U-Net predicts; None takes what the model says. A single file is `single_file.py`'s affair. Raises `ModelError`.
     """
@@ -83,26 +124,36 @@ def load_pipeline(
     check_model(model)
     if prediction not in (None, "epsilon", "v"):
         raise ModelError(f"the prediction {prediction!r} is not known; use epsilon or v.")
-    spec = CATALOG.get(model, ModelSpec(model, ""))
-    source = Path(spec.source).expanduser()
+    wanted = choose_dtype(dtype, device)
+    spec = catalogued(model)
+    name = spec.source if spec else model
+    source = Path(name).expanduser()
     options: dict[str, Any] = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
-        if source.suffix == ".safetensors":
-            pipe = load_single_file(source, dtype, prediction)
+        if source.suffix.lower() == ".safetensors":
+            wanted = choose_dtype(dtype, device, count_parameters(source))
+            pipe = load_single_file(source, wanted, prediction)
         else:
-            place = str(source) if source.is_dir() else spec.source
+            place = str(source) if source.is_dir() else name
+            if source.parent == ASSETS:
+                check_sums(source)
             if "safety_checker" not in DiffusionPipeline.load_config(place):
                 options = {}
-            pipe = predicting(DiffusionPipeline.from_pretrained(place, dtype=dtype, **options), prediction)
+            if dtype is None and device.type == "cpu" and _multiplies_in_bfloat16():
+                folder = Path(place if source.is_dir() else DiffusionPipeline.download(place, **options))
+                wanted = choose_dtype(None, device, count_parameters(folder))
+            pipe = predicting(DiffusionPipeline.from_pretrained(place, dtype=wanted, **options), prediction)
     except ModelError:
         raise
     except Exception as error:
-        where = "" if source.exists() else ", and the hub could not be reached or has no such model"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ModelError(f"the model {model!r} could not be loaded{where}: {reason}") from error
-    for part in ("unet", "vae"):  # on a CPU exact networks are quicker without: benchmarks/README.md
-        if device.type != "cpu" and hasattr(pipe, part):  # other kinds of pipelines are refused later
-            getattr(pipe, part).to(memory_format=torch.channels_last)
+        if is_out_of_memory(error):
+            less = "--dtype bfloat16" if wanted == torch.float32 else "a smaller model"
+            raise OutOfMemory(f"not enough memory to load {model}; what needs less: {less}.") from error
+        raise not_loaded(model, error, "" if source.exists() else NOT_ON_HUB) from error
+    if device.type != "cpu":  # on a CPU exact networks are quicker without: benchmarks/README.md
+        for network in (getattr(pipe, part, None) for part in ("unet", "vae")):  # other kinds are refused later
+            if network is not None and all(p.ndim < 5 for p in network.parameters()):  # a VAE of films has 5
+                network.to(memory_format=torch.channels_last)
     if offload and device.type != "cpu":
         pipe.enable_model_cpu_offload(device=device)
         return pipe, spec

@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -146,17 +148,32 @@ def load_single_file(file: Path, dtype: torch.dtype, prediction: Prediction | No
     elif kind is diffusers.StableDiffusionPipeline:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if found.network and not any(key.startswith("text_encoders.") for key in checkpoint.shapes):
-        network = getattr(diffusers, found.network).from_single_file(
-            str(file), config=str(config), subfolder="transformer", **options
-        )
+        with _with_small_letters(file) as place:
+            network = getattr(diffusers, found.network).from_single_file(
+                place, config=str(config), subfolder="transformer", **options
+            )
         index = json.loads((config / "model_index.json").read_text("utf-8"))
         left_out = {part: None for part, of in index.items() if of == [None, None]}  # a T5 that is done without
         pipe = kind.from_pretrained(str(config), transformer=network, **left_out, **options)
     else:
-        pipe = kind.from_single_file(str(file), config=str(config), **options)
+        with _with_small_letters(file) as place:
+            pipe = kind.from_single_file(place, config=str(config), **options)
     _check_whole(pipe, file.name, found.name)
     says = prediction or (checkpoint.prediction if bundled else None)
     return predicting(pipe, says, zero_snr=bundled and "ztsnr" in checkpoint.shapes)
+
+
+@contextmanager
+def _with_small_letters(file: Path) -> Iterator[str]:
+    """A name of the file that ends in .safetensors: diffusers takes .SAFETENSORS for a pickle."""
+    small = file.with_suffix(".safetensors")
+    if small.exists():  # the same file where capitals do not matter
+        yield str(small)
+        return
+    with TemporaryDirectory() as folder:
+        link = Path(folder, small.name)
+        link.symlink_to(file.resolve())
+        yield str(link)
 
 
 def predicting(pipe: Any, prediction: Prediction | None, zero_snr: bool = False) -> Any:

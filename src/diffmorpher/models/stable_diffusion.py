@@ -13,7 +13,7 @@ from ..errors import ModelError
 from .backbone import AttentionSite, Backbone
 from .conditioning import Conditioning
 from .levels import Level, NoiseSchedule, Prediction
-from .text import tokenized
+from .text import tokenized, with_all_vectors
 
 #: Smallest abar that is divided by: a schedule rescaled to zero terminal SNR reaches 0 (the value diffusers uses too).
 _MIN_ABAR = 2.0**-24
@@ -43,6 +43,12 @@ class StableDiffusion(Backbone):
             )
         self.size_multiple = self.vae_factor
         self.smallest_side = self.vae_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+        kind, facts = type(pipe.scheduler).__name__, pipe.scheduler.config
+        if "beta_schedule" not in facts or facts.get("use_flow_sigmas") or "flow" in str(facts.get("prediction_type")):
+            raise ModelError(
+                f"the scheduler {kind} is for other models than {self.family}; give the pipeline the one its model came with, "
+                "such as DDIMScheduler."
+            )
         # The sampler is DDIM by name, whatever the checkpoint ships with: inversion needs the same solver.
         self._scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         self.num_train_timesteps = int(self._scheduler.config.num_train_timesteps)
@@ -92,7 +98,8 @@ class StableDiffusion(Backbone):
     def encode_prompts(self, prompts: Sequence[str], length: int = 0) -> Conditioning:
         encoder = self.pipe.text_encoder
         limit = min(self.pipe.tokenizer.model_max_length, encoder.config.max_position_embeddings)
-        ids = tokenized(self.pipe.tokenizer, prompts, limit)
+        texts = with_all_vectors(self.pipe, prompts, self.pipe.tokenizer)
+        ids = tokenized(self.pipe.tokenizer, texts, limit)
         mask = ids.attention_mask.to(self.device) if getattr(encoder.config, "use_attention_mask", False) else None
         return Conditioning({"text": encoder(ids.input_ids.to(self.device), attention_mask=mask)[0].float()})
 

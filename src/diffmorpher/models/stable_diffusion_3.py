@@ -14,6 +14,7 @@ from .backbone import AttentionSite
 from .conditioning import Conditioning
 from .flow import Flow
 from .levels import Level
+from .text import warn_if_cut
 
 
 class StableDiffusion3(Flow):
@@ -57,17 +58,29 @@ class StableDiffusion3(Flow):
 
     def encode_prompts(self, prompts: Sequence[str], length: int = 0) -> Conditioning:
         """`text`: both CLIP encoders' side by side, then T5's (zeros without one); `pooled`: both CLIP encoders'."""
-        t5 = getattr(self.pipe, "tokenizer_3", None)
-        text, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts),
-            None,
-            None,
-            self.device,
-            1,
-            False,
-            max_sequence_length=min(256, t5.model_max_length) if t5 else 256,
+        pipe, clip_limit, width = (
+            self.pipe,
+            self.pipe.tokenizer.model_max_length,
+            self.network.config.joint_attention_dim,
         )
-        return Conditioning({"text": text.float(), "pooled": pooled.float()})
+        t5 = pipe.tokenizer_3 if pipe.text_encoder_3 is not None else None
+        t5_limit = min(256, t5.model_max_length) if t5 else 256
+        # T5 reads on where CLIP stops: only the longer limit is worth a warning.
+        warn_if_cut(t5 or pipe.tokenizer, prompts, t5_limit if t5 else clip_limit)
+
+        def encoded(tokenizer: Any, encoder: Any, limit: int) -> Any:
+            ids = tokenizer(list(prompts), padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+            return encoder(ids.input_ids.to(self.device), output_hidden_states=True)
+
+        pairs = (pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)
+        clips = [encoded(*pair, clip_limit) for pair in pairs]
+        clip = torch.cat([each.hidden_states[-2].float() for each in clips], dim=-1)
+        if t5:
+            long = encoded(t5, pipe.text_encoder_3, t5_limit)[0].float()
+        else:
+            long = clip.new_zeros(len(prompts), t5_limit, width)
+        text = torch.cat([torch.nn.functional.pad(clip, (0, width - clip.shape[-1])), long], dim=1)
+        return Conditioning({"text": text, "pooled": torch.cat([each[0].float() for each in clips], dim=-1)})
 
     def output(self, latents: Tensor, level: Level, conditioning: Conditioning, guidance: float = 1.0) -> Tensor:
         self._count(len(latents))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import ModelError
 from .conditioning import Conditioning
 from .stable_diffusion import StableDiffusion
-from .text import tokenized
+from .text import tokenized, with_all_vectors
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -40,7 +40,8 @@ class StableDiffusionXL(StableDiffusion):
             (self.pipe.tokenizer_2, self.pipe.text_encoder_2),
         ):
             limit = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
-            ids = tokenized(tokenizer, prompts, limit).input_ids.to(self.device)
+            whole = with_all_vectors(self.pipe, prompts, tokenizer)
+            ids = tokenized(tokenizer, whole, limit).input_ids.to(self.device)
             encoded = encoder(ids, output_hidden_states=True)
             texts.append(encoded.hidden_states[-2].float())
         return Conditioning({"text": torch.cat(texts, dim=-1), "pooled": encoded[0].float()})
@@ -66,14 +67,6 @@ class StableDiffusionXL(StableDiffusion):
         with self._exact_vae():
             return super().decode(latents)
 
-    @contextmanager
-    def _exact_vae(self) -> Iterator[None]:
-        """While open, a VAE that overflows in float16 is in float32; back again it has the same bytes."""
-        wide = self.vae.dtype == torch.float16 and self.vae.config.force_upcast
-        try:
-            if wide:
-                self.vae.float()
-            yield
-        finally:
-            if wide:
-                self.vae.half()
+    def _exact_vae(self) -> AbstractContextManager[None]:
+        """While open, a VAE that is known to overflow in float16 is in float32."""
+        return self._wide_vae() if self.vae.dtype == torch.float16 and self.vae.config.force_upcast else nullcontext()

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from diffmorpher import FitConfig, Morpher, SampleConfig
 from diffmorpher.files.pictures import fit_image
+from diffmorpher.inputs import encode
 from diffmorpher.method.fit import fit_loras
 from diffmorpher.method.interpolate import Between, noise_between
 from diffmorpher.method.invert import invert
@@ -43,7 +44,7 @@ def reference_morph(
 ) -> tuple[list[Image.Image], list[float], dict[str, float]]:
     """The frames between two images, their alphas, and the seconds of each stage."""
     backbone, seconds = morpher.backbone, {}
-    mean, std, conditioning = morpher._encode([fit_image(i, morpher.working_size()) for i in images], prompts)
+    mean, std, conditioning = encode(morpher.backbone, [fit_image(i, morpher.working_size()) for i in images], prompts)
     started = time.perf_counter()
     banks = [
         fit_loras(backbone, mean[k : k + 1], std[k : k + 1], conditioning.rows(slice(k, k + 1)), fit, seed)

@@ -3,6 +3,7 @@
     python benchmarks/speed.py                                        # the bundled model
     python benchmarks/speed.py --random-weights sd21 --device cuda --dtype bfloat16
     python benchmarks/speed.py --scaling                              # 8 to 1,000 frames, 2 to 8 images
+    python benchmarks/speed.py --random-weights sdxl --size 512 512 --dtype bfloat16 --rows    # one row of each kind
 
 Every run of our path is paired with one of the reference, one after the other, so that a machine that grows slower
 slows both; medians are of the runs, ratios of the pairs.
@@ -11,6 +12,7 @@ slows both; medians are of the runs, ratios of the pairs.
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import os
@@ -27,16 +29,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from architectures import random_pipeline
+from architectures import ARCHITECTURES, random_pipeline
 from diffmorpher import DiffMorpherError, FitConfig, Morpher, SampleConfig, ScheduleConfig
 from diffmorpher.cli.terminal import StageBars, quiet_libraries
+from diffmorpher.method.fit import fit_loras
+from diffmorpher.models.backbone import Backbone
 from diffmorpher.models.catalog import ASSETS, CATALOG, ModelSpec
+from diffmorpher.models.conditioning import Conditioning
+from diffmorpher.models.levels import Level
 from diffmorpher.models.loading import choose_device, choose_dtype
 from diffmorpher.progress import quiet_bars
 from reference import reference_morph
@@ -52,20 +57,25 @@ PROMPTS = ["a tiger face", "a wolf face", "a dog face", "a cat face", "a pear", 
 # ---- what the work is, and what the machine can do
 
 
-def tflop(morpher: Morpher) -> dict[str, float]:
-    """TFLOP of one U-Net row forward and of one frame's decoding, counted on the meta device; LoRAs are left out."""
-    width, height = morpher.working_size()
-    factor, backbone = morpher.backbone.vae_factor, morpher.backbone
-    channels, text = backbone.network.config.in_channels, backbone.pipe.text_encoder.config
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(backbone.network.config)
-        vae = AutoencoderKL.from_config(backbone.vae.config)
-        z = torch.empty(1, channels, height // factor, width // factor)
-        c = torch.empty(1, text.max_position_embeddings, backbone.network.config.cross_attention_dim)
+def tflop(backbone: Backbone, conditioning: Conditioning, size: tuple[int, int]) -> dict[str, float]:
+    """TFLOP of one row of the network forward and of one frame's decoding, counted on the meta device; LoRAs are left out.
+
+    conditioning: one row; size: (width, height) in pixels.
+    """
+    meta = torch.device("meta")
+    kind, level = type(backbone), backbone.schedule(2).levels[1]
+    copied: Any = copy.copy(backbone)
+    copied.__class__ = type(kind.__name__, (kind,), {"device": meta})
+    with meta:
+        copied.network = type(backbone.network).from_config(backbone.network.config)
+        copied.vae = type(backbone.vae).from_config(backbone.vae.config)
+        latents, _ = copied.encode(torch.empty(1, 3, *reversed(size)))
+        told = Conditioning({name: x.to(meta) for name, x in conditioning.tensors.items()})
+        level = Level(*(torch.as_tensor(x).to(meta) for x in (level.a, level.s, level.time)))
         counts = {}
         for name, call in (
-            ("row", lambda: unet(z, torch.zeros((), dtype=torch.long), c)),
-            ("decode", lambda: vae.decode(z)),
+            ("row", lambda: copied.output(latents, level, told)),
+            ("decode", lambda: copied.decode(latents)),
         ):
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 call()
@@ -101,9 +111,20 @@ def peak_memory_mb(device: torch.device) -> float:
 # ---- the schemes
 
 
-def schemes(spec: ModelSpec, frames: int) -> dict[str, Callable[[Morpher, Sequence[Image.Image]], dict[str, Any]]]:
-    """Name -> a function that makes the film and returns seconds by stage, rows and figures."""
-    paper, fast = ModelSpec("", ""), spec if spec != ModelSpec("", "") else CATALOG["mini"]
+Scheme = Callable[[Morpher, Sequence[Image.Image]], dict[str, Any]]
+
+
+def schemes(morpher: Morpher, frames: int, steps: int | None = None, fit_steps: int | None = None) -> dict[str, Scheme]:
+    """Name -> a function that makes the film and returns seconds by stage, rows and figures.
+
+    steps, fit_steps: in place of every scheme's own. The sequential reference knows U-Nets alone.
+    """
+    paper = ModelSpec("", "")
+    fast = CATALOG["mini"] if replace(morpher.spec, size=None) == paper else morpher.spec
+    if steps:
+        paper, fast = (replace(spec, sample=replace(spec.sample, steps=steps)) for spec in (paper, fast))
+    if fit_steps:
+        paper, fast = (replace(spec, fit=replace(spec.fit, steps=fit_steps)) for spec in (paper, fast))
 
     def plain(morpher: Morpher, images: Sequence[Image.Image]) -> dict[str, Any]:
         rows = morpher.backbone.unet_rows
@@ -119,19 +140,18 @@ def schemes(spec: ModelSpec, frames: int) -> dict[str, Callable[[Morpher, Sequen
 
         return run
 
-    return {
-        "sequential, two passes": plain,
+    reference = {"sequential, two passes": plain} if morpher.backbone.network_part == "unet" else {}
+    return reference | {
         "batched, two passes": ours(paper.fit, paper.sample, "two-pass"),
         "batched, inserted": ours(paper.fit, replace(paper.sample, exact_ends=True), "insert"),
         "fast settings": ours(fast.fit, fast.sample, "insert"),
     }
 
 
-def measure(morpher: Morpher, frames: int, runs: int, only: str | None, bars: Callable[..., None]) -> dict[str, Any]:
+def measure(morpher: Morpher, chosen: dict[str, Scheme], runs: int, bars: Callable[..., None]) -> dict[str, Any]:
     """All schemes, `runs` times in turn."""
     device = morpher.backbone.device
     images = [Image.open(file).convert("RGB") for file in PICTURES[:2]]
-    chosen = {n: f for n, f in schemes(morpher.spec, frames).items() if only is None or only in n}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     small = FitConfig(steps=2)
     morpher(images, PROMPTS[:2], 4, fit=small, sample=SampleConfig(steps=2))  # warm-up: kernels chosen, memory mapped
@@ -221,6 +241,42 @@ def scaling(morpher: Morpher, most: int) -> list[Table]:
     return [images_table, frames_table]
 
 
+# ---- one row
+
+
+def rows(morpher: Morpher, work: dict[str, float], peak: float) -> Table:
+    """Seconds of a row forward, a row fitted and a frame decoded: for what is too large for a film here."""
+    backbone, size = morpher.backbone, morpher.working_size()
+    table = Table(title="one of each")
+    for column in ("", "seconds", "TFLOP/s", "of peak", "peak MB"):
+        table.add_column(column, justify="right" if column else "left")
+    latents = torch.zeros(1, backbone.latent_channels, *(side // backbone.vae_factor for side in reversed(size)))
+    level = backbone.schedule(2).levels[1]
+    with backbone.borrowed(), torch.no_grad():
+        told = backbone.encode_prompts(["a pear"])
+
+        def forward() -> None:
+            backbone.output(latents.to(backbone.device), level, told)
+
+        def fitted() -> None:
+            fit_loras(backbone, latents, torch.ones_like(latents), told, FitConfig(steps=1), 0)
+
+        def decoded() -> None:
+            backbone.decode(latents)
+
+        # Of a fit's gradients those of the frozen weights are left out; what is left has not been counted.
+        tflop = {"forward": work["row"], "fitted, forward and back": None, "frame decoded": work["decode"]}
+        for (name, operations), run in zip(tflop.items(), (forward, fitted, decoded), strict=True):
+            started = time.perf_counter()
+            run()
+            synchronize(backbone.device)
+            seconds = time.perf_counter() - started
+            speed = (operations or 0) / seconds
+            said = (f"{speed:.3g}", f"{speed / peak:.0%}") if operations else ("", "")
+            table.add_row(name, f"{seconds:.1f}", *said, f"{peak_memory_mb(backbone.device):,.0f}")
+    return table
+
+
 # ---- the command
 
 
@@ -241,14 +297,19 @@ def machine(device: torch.device) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mini", help="a catalog name, hub id, folder or .safetensors file")
-    parser.add_argument("--random-weights", metavar="NAME", help="sd21, sd15 or mini instead: no download")
+    parser.add_argument("--random-weights", metavar="NAME", help=f"instead, no download: {', '.join(ARCHITECTURES)}")
     parser.add_argument("--device")
     parser.add_argument("--dtype")
     parser.add_argument("--tf32", action="store_true", help="let a GPU round float32 products to TF32")
     parser.add_argument("--low-memory", action="store_true", help="as 'diffmorpher morph --low-memory'")
     parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--size", type=int, nargs=2, metavar=("W", "H"), help="pixels; else the model's own size")
+    parser.add_argument("--steps", type=int, help="steps of inversion and sampling, in all schemes")
+    parser.add_argument("--fit-steps", type=int, help="steps of the fit, in all schemes")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--only", help="schemes whose name has this in it")
+    parser.add_argument("--rows", action="store_true", help="one row of each kind instead of schemes")
+    parser.add_argument("--small-text", action="store_true", help="with --random-weights: few layers of T5 or Qwen")
     parser.add_argument("--scaling", action="store_true", help="frames and images instead of schemes")
     parser.add_argument("--most", type=int, default=1000, help="longest film of --scaling")
     parser.add_argument("--json", type=Path, help="also write all runs to this file")
@@ -261,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         quiet_bars()
         if given.random_weights:
             morpher = Morpher(
-                random_pipeline(given.random_weights, device, dtype),
+                random_pipeline(given.random_weights, device, dtype, given.small_text),
                 name=f"random {given.random_weights}",
                 low_memory=given.low_memory,
                 tf32=given.tf32,
@@ -270,19 +331,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             morpher = Morpher.from_pretrained(
                 given.model, device=device, dtype=dtype, low_memory=given.low_memory, tf32=given.tf32
             )
-        work, peak = tflop(morpher), peak_tflops(device, dtype)
+        if given.size:
+            morpher.spec = replace(morpher.spec, size=tuple(given.size))
+        size, dtype = morpher.working_size(), next(morpher.backbone.network.parameters()).dtype
+        work = tflop(morpher.backbone, morpher.backbone.encode_prompts([""]), size)
+        peak = peak_tflops(device, dtype)
         console.print(machine(device), highlight=False)
         console.print(
-            f"{morpher.backbone.name}, {dtype}: {work['row']:.4g} TFLOP a row, {work['decode']:.4g} a decoded frame; "
-            f"measured peak {peak:.3g} TFLOP/s",
+            f"{morpher.backbone.name}, {size[0]} x {size[1]}, {dtype}: {work['row']:.4g} TFLOP a row, "
+            f"{work['decode']:.4g} a decoded frame; measured peak {peak:.3g} TFLOP/s",
             highlight=False,
         )
+        if given.rows:
+            console.print(rows(morpher, work, peak))
+            return
         if given.scaling:
             for table in scaling(morpher, given.most):
                 console.print(table)
             return
+        every = schemes(morpher, given.frames, given.steps, given.fit_steps)
+        chosen = {name: scheme for name, scheme in every.items() if given.only is None or given.only in name}
+        if not chosen:
+            sys.exit(f"speed.py: error: no scheme has {given.only!r} in its name; there are {', '.join(every)}.")
         with StageBars() as bars:
-            results = measure(morpher, given.frames, given.runs, given.only, bars)
+            results = measure(morpher, chosen, given.runs, bars)
     except DiffMorpherError as error:
         sys.exit(f"speed.py: error: {error}")
     console.print(table_of(results, work, peak, given.frames))

@@ -108,7 +108,7 @@ def test_detaching_takes_everything_off_again_even_after_an_error() -> None:
 def test_a_lora_of_another_model_is_named() -> None:
     wrong_shape = Lora({"first": torch.zeros(2, 8)}, {"first": torch.zeros(5, 2)}, {})
     wrong_layer = Lora({"third": torch.zeros(2, 6)}, {"third": torch.zeros(5, 2)}, {})
-    for lora, what in ((wrong_shape, "8 to 5 features"), (wrong_layer, "no linear layer third")):
+    for lora, what in ((wrong_shape, "8 to 5 features"), (wrong_layer, "no such layer as third")):
         with pytest.raises(LoraError, match=f"cat.safetensors.*another model.*{what}"):
             LoraBank.stack([lora], TwoLayers(), ["cat.safetensors"])
 
@@ -124,6 +124,34 @@ def test_files_made_elsewhere_may_reach_1x1_convolutions() -> None:
     unet.get_submodule(name).weight.data += (lora.up[name] @ lora.down[name])[:, :, None, None]
     with torch.no_grad():
         assert_close(got, unet(z, 500, encoder_hidden_states=c).sample, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("blend", ["factors", "product"])
+@pytest.mark.parametrize(("stride", "padding", "dilation"), [(1, 1, 1), (2, 0, 1), ((1, 2), (0, 2), 2)])
+def test_convolutions_mix_by_rows(blend: str, stride: object, padding: object, dilation: int) -> None:
+    """Each row against a convolution whose weight has that row's mixture added, in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    net = nn.Sequential(nn.Conv2d(4, 5, 3, stride, padding, dilation))
+    loras = [Lora({"0": draw(r, 4, 3, 3)}, {"0": draw(5, r)}, {}) for r in (2, 3, 1)]
+    x, bank = draw(len(WEIGHTS), 4, 9, 9), LoraBank.stack(loras, net, "abc")
+    with torch.no_grad(), bank.attached(net):
+        bank.set_rows(WEIGHTS, blend)  # type: ignore[arg-type]
+        got = net(x)
+    padded = [(bank.down["0"][k].double(), bank.up["0"][k].double()) for k in range(3)]
+    for row, w in enumerate(WEIGHTS.double()):
+        if blend == "factors":
+            a, b = (sum(w[k] * padded[k][i] for k in range(3)) for i in (0, 1))
+            delta = torch.einsum("or,rihw->oihw", b, a)
+        else:
+            delta = sum(w[k] * torch.einsum("or,rihw->oihw", b, a) for k, (a, b) in enumerate(padded))
+        merged = copy.deepcopy(net).double()
+        merged[0].weight.data += delta
+        with torch.no_grad():
+            assert_close(got[row].double(), merged(x[row : row + 1].double())[0], rtol=1e-4, atol=1e-4)
 
 
 def test_all_loras_start_from_one_draw_that_is_named() -> None:

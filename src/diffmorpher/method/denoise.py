@@ -11,6 +11,7 @@ from torch import Tensor
 from ..config import SampleConfig
 from ..models.backbone import Backbone
 from ..models.conditioning import Conditioning
+from ..models.finite import check_finite
 from .attention import interpolated_attention
 from .interpolate import Between, lerp
 
@@ -57,12 +58,14 @@ def denoise(
                 z.repeat(2, 1, 1, 1) if unconditional else z, schedule.levels[level], conditioning, told
             )
         if unconditional:
-            prediction = prediction.guided(config.guidance_scale)
+            prediction = backbone.guided(prediction, schedule.levels[level], config.guidance_scale)
         z = schedule.down(prediction, level)
         if config.exact_ends:
             assert trajectory is not None
             missing = trajectory[level - 1] - z[: trajectory.shape[1]]
             z = z + lerp(missing[between.left], missing[between.right], between.alpha)
+        where = f"sample, step {len(schedule) - level + 1} of {len(schedule)}"
+        check_finite(z, "the latents", where, [backbone.network], "a LoRA is too strong; lower the LoRA rate")
         if on_step:
             on_step()
     return z

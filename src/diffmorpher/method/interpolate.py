@@ -29,7 +29,10 @@ class Between:
         Raises `ConfigError` for a position outside that range.
         """
         last = num_images if loop else num_images - 1
-        p = torch.as_tensor(positions, dtype=torch.float64).reshape(-1)
+        try:
+            p = torch.as_tensor(positions, dtype=torch.float64, device="cpu").reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:  # torch's own, by what it met
+            raise ConfigError(f"the positions are {positions!r:.100}, but must be numbers from 0 to {last}.") from error
         if not bool(((p >= 0) & (p <= last)).all()):
             bad = next(float(x) for x in p if not 0 <= float(x) <= last)
             raise ConfigError(f"position {bad:g} is outside the path; positions run from 0 to {last}.")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.backbone import Backbone
 from ..models.conditioning import Conditioning
+from ..models.finite import check_finite
 from ..progress import ProgressCallback
 
 
@@ -37,6 +38,8 @@ def invert(
         ahead = schedule.up(z, prediction, i) if rule == "uni" and prediction else z
         prediction = backbone.predict(ahead, schedule.levels[i], conditioning)
         z = schedule.up(z, prediction, i)
+        where = f"invert, step {i} of {len(schedule)}"
+        check_finite(z, "the latents", where, [backbone.network], "a LoRA is too strong; lower the LoRA rate")
         trajectory.append(z)
         if progress:
             progress("invert", i, steps)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffmorpher.errors import ModelError
+from diffmorpher.models.turns import in_turn
 
 _DISTRIBUTION = "stlpips-pytorch"
 _WEIGHTS_FILE = "alex_shift_tolerant.pth"
@@ -129,6 +130,7 @@ class PerceptualDistance(torch.nn.Module):
         return torch.stack(distances).sum(dim=0)
 
 
+@in_turn
 def perceptual_distance(device: torch.device | str = "cpu") -> PerceptualDistance:
     """The `PerceptualDistance` of a device: loaded by the first call, the same module for every later one.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..config import SampleConfig
+from ..files.cache import NOT_KEPT, Kept
 from ..models.backbone import Backbone
 from ..models.conditioning import Conditioning
 from ..progress import ProgressCallback
@@ -27,11 +29,13 @@ def sample_between(
     size: int,
     loop: bool = False,
     progress: ProgressCallback | None = None,
+    kept: Kept = NOT_KEPT,
 ) -> Tensor:
     """The clean latents of the frames that lie at `where` between K images: (n, C, h, w) float32, in the order of `where`.
 
     bank: the images' LoRAs, attached by the caller; None for none. trajectory: (T + 1, K, C, h, w), the inversion's latents,
     the noises last; conditioning: K rows. size: frames in a batch, end images not counted; frames do not depend on it.
+    kept: a cache, where each batch is looked for first and goes to.
     """
     noises, num_images = trajectory[-1], trajectory.shape[1]
     parts = batches(where, size)
@@ -46,13 +50,14 @@ def sample_between(
     result = noises.new_empty(len(where.alpha), *noises.shape[1:])
     guided = config.guidance_scale != 1 and not backbone.embeds_guidance
     unconditional = backbone.unconditional(conditioning.length) if guided else None
-    for batch in parts:
+
+    def denoised(batch: Batch) -> Tensor:
         at = Between.images(batch.positions, num_images, loop)
         if bank:
             fixed = [config.fix_lora] * len(batch.positions) if config.fix_lora is not None else batch.positions
             weights = Between.images(fixed, num_images, loop).weights(num_images)
             bank.set_rows(weights.repeat(2, 1) if guided else weights, config.lora_blend)
-        latents = denoise(
+        return denoise(
             backbone,
             noise_between(noises, at, config.adain),
             conditioning.lerp(at.left, at.right, at.alpha),
@@ -62,6 +67,11 @@ def sample_between(
             trajectory[:, batch.images] if config.exact_ends else None,
             on_step,
         )
+
+    about = kept.also(trajectory, conditioning.tensors, loop, asdict(replace(config, batch_size="auto")))
+    for i, batch in enumerate(parts, start=1):
+        latents = about.tensor(partial(denoised, batch), noises, batch.positions)
+        done = i * config.steps  # also where nothing had to be made
         result[batch.frames] = latents[batch.batch_rows]
     return result
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -17,10 +18,11 @@ from PIL import Image
 
 from diffmorpher.errors import ConfigError, ImageError, OutputError
 from diffmorpher.files import films as film
-from diffmorpher.files.films import FORMATS, check_output, contact_sheet, read_settings, save_film
+from diffmorpher.files.films import FORMATS, check_output, contact_sheet, read_settings, save_film, unused_in
 from diffmorpher.files.pictures import load_image
 
-EVERY_FORMAT = ["a.mp4", "a.gif", "a.webp", "a.png", "a"]
+VIDEOS = ["a.mp4", "a.webm", "a.mov", "a.mkv"]
+EVERY_FORMAT = [*VIDEOS, "a.gif", "a.webp", "a.apng", "a.png", "a"]
 SETTINGS = {"prompts": ["a cat", "ein Käse 🧀"], "fps": 8, "alphas": [0.0, 0.5, 1.0], "nested": {"lora": None}}
 
 
@@ -118,6 +120,78 @@ def test_mp4_odd_sizes_repeat_the_edge(tmp_path: Path) -> None:
         assert np.abs(decoded[:47, :65] - np.asarray(picture)).mean() < 4, "nothing scaled or moved"
 
 
+# --- the other videos ---
+
+#: Codec, format of the pixels; range, matrix, primaries and curve as numbered in H.273, as far as the container can say it.
+KINDS = {
+    "webm": ("vp9", "yuv420p", (1, 1, 1, 1)),
+    "mov": ("prores", "yuv422p10le", (1, 1, 1, 1)),
+    "mkv": ("ffv1", "bgr0", (2, 0, 1, 13)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fps", [8, 24000 / 1001, 60])
+def test_a_video_is_tagged_as_converted_and_runs_at_a_constant_rate(tmp_path: Path, kind: str, fps: float) -> None:
+    save_film(frames(11), tmp_path / f"a.{kind}", fps=fps)
+    name, pixels, tags = KINDS[kind]
+    exact = Fraction(fps).limit_denominator(100_000)
+    tick = 0 if kind == "mov" else Fraction(1, 1000)  # in which Matroska counts
+    with av.open(str(tmp_path / f"a.{kind}")) as container:
+        stream = container.streams.video[0]
+        context = stream.codec_context
+        assert (context.codec.canonical_name, stream.width, stream.height) == (name, 64, 48)
+        assert stream.average_rate == pytest.approx(exact, rel=1e-3)
+        shown = list(container.decode(video=0))
+        assert (context.pix_fmt, context.color_range) == (pixels, tags[0])
+        assert (context.colorspace, context.color_primaries, context.color_trc) == tags[1:]
+        assert container.duration / 1e6 == pytest.approx(11 / exact, abs=float(tick) + 2e-6)
+    assert shown[0].key_frame, "players show it as the poster"
+    for i, frame in enumerate(shown):
+        assert abs(frame.pts * frame.time_base - i / exact) <= tick
+    assert len(shown) == 11
+
+
+@pytest.mark.parametrize("kind", ["webm", "mov"])
+def test_colours_of_a_video_come_back(tmp_path: Path, kind: str) -> None:
+    pictures = [Image.new("RGB", (64, 64), colour) for colour in PATCHES]
+    save_film(pictures, tmp_path / f"a.{kind}", quality="best")
+    with av.open(str(tmp_path / f"a.{kind}")) as container:
+        decoded = [frame.reformat(format="yuv444p16le").to_ndarray()[32, 32] for frame in container.decode(video=0)]
+    for picture, planes in zip(pictures, decoded, strict=True):
+        y, cb, cr = planes / 256.0
+        luma, blue, red = (y - 16) / 219, (cb - 128) / 224, (cr - 128) / 224
+        r, b = luma + 1.5748 * red, luma + 1.8556 * blue
+        rgb = [255 * channel for channel in (r, (luma - 0.2126 * r - 0.0722 * b) / 0.7152, b)]
+        assert rgb == pytest.approx(picture.getpixel((32, 32)), abs=4)
+
+
+def test_an_mkv_and_an_apng_lose_nothing(tmp_path: Path) -> None:
+    pictures = [picture.resize((65, 47)) for picture in noise(5)]
+    for picture, decoded in zip(pictures, decode(save_film(pictures, tmp_path / "a.mkv")), strict=True):
+        np.testing.assert_array_equal(decoded, np.asarray(picture))
+    shown, durations = read_animation(save_film(pictures, tmp_path / "a.apng", fps=7))
+    np.testing.assert_array_equal(shown, [np.asarray(picture) for picture in pictures])
+    assert sum(durations) == pytest.approx(5000 / 7, abs=1)
+    with av.open(str(tmp_path / "a.apng")) as container:
+        assert len(list(container.decode(video=0))) == 5
+
+
+@pytest.mark.parametrize("kind", ["mp4", "webm", "mov", "webp"])
+def test_more_quality_is_more_bytes_and_nearer_to_the_frames(tmp_path: Path, kind: str) -> None:
+    pictures = [Image.effect_noise((96, 96), 40).convert("RGB").resize((128, 128)) for _ in range(4)]
+    sizes, errors = [], []
+    for quality in ("small", "good", "best"):
+        file = save_film(pictures, tmp_path / f"a.{kind}", quality=quality)  # type: ignore[arg-type]
+        shown = read_animation(file)[0] if kind == "webp" else decode(file)
+        sizes.append(file.stat().st_size)
+        errors.append(np.mean([np.abs(a - np.asarray(b)).mean() for a, b in zip(shown, pictures, strict=True)]))
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
+    assert errors == sorted(errors, reverse=True) and errors[2] < 4
+    with pytest.raises(ConfigError, match='must be "small", "good" or "best"'):
+        save_film(pictures, tmp_path / "b.mp4", quality="high")  # type: ignore[arg-type]
+
+
 # --- gif and webp ---
 
 
@@ -196,7 +270,7 @@ def test_a_film_that_stands_still_and_a_single_frame(tmp_path: Path) -> None:
     assert sum(read_animation(save_film(two, tmp_path / "a.webp", fps=5))[1]) == 1000
     for name in EVERY_FORMAT:
         save_film(frames(1), tmp_path / name)
-        if name not in ("a", "a.mp4"):
+        if name not in ("a", *VIDEOS):
             with Image.open(tmp_path / name) as image:
                 assert image.size == (64, 48)
 
@@ -261,11 +335,13 @@ def test_settings_lie_where_other_tools_find_them(tmp_path: Path) -> None:
     for name in EVERY_FORMAT:
         save_film(frames(3), tmp_path / name, metadata=SETTINGS)
     text = json.dumps(dict(sorted(SETTINGS.items())))
-    with av.open(str(tmp_path / "a.mp4")) as container:
-        assert container.metadata["comment"] == text
+    for name in VIDEOS:
+        with av.open(str(tmp_path / name)) as container:
+            assert {key.lower(): value for key, value in container.metadata.items()}["comment"] == text
     for frame in sorted((tmp_path / "a").iterdir()):
         assert Image.open(frame).text == {"diffmorpher": text}
-    assert Image.open(tmp_path / "a.png").text == {"diffmorpher": text}
+    for name in ("a.png", "a.apng"):
+        assert Image.open(tmp_path / name).text == {"diffmorpher": text}
     assert Image.open(tmp_path / "a.gif").info["comment"] == text.encode()
     assert Image.open(tmp_path / "a.webp").getexif()[270] == text
 
@@ -298,7 +374,7 @@ def test_settings_of_missing_or_damaged_files(tmp_path: Path) -> None:
 
 
 def test_the_formats() -> None:
-    assert FORMATS == (".mp4", ".gif", ".webp", ".png")
+    assert FORMATS == (".mp4", ".webm", ".mov", ".mkv", ".gif", ".webp", ".apng", ".png")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +395,7 @@ def test_existing_outputs_of_the_right_kind_are_let_through(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.avi", r"ends in '\.avi': use \.mp4, \.gif, \.webp, \.png, or no suffix"),
+        ("a.avi", r"ends in '\.avi': use \.mp4, \.webm, \.mov, \.mkv, \.gif, \.webp, \.apng, \.png, or no suffix"),
         ("a.mp4.part", "ends in"),
         ("folder.mp4", "is a folder"),
         ("file", "is a file"),
@@ -392,7 +468,7 @@ def test_an_existing_folder_need_not_have_a_writable_parent() -> None:
 
 @pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 241, True, "8", None])
 def test_bad_fps_is_refused(tmp_path: Path, fps: object) -> None:
-    with pytest.raises(OutputError, match=r"0\.01 to 240") as caught:
+    with pytest.raises(ConfigError, match=r"0\.01 to 240") as caught:
         save_film(frames(1), tmp_path / "a.mp4", fps=fps)  # type: ignore[arg-type]
     assert repr(fps) in str(caught.value)
 
@@ -470,7 +546,7 @@ def test_sizes_a_format_cannot_hold(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a.png"])
+@pytest.mark.parametrize("name", [name for name in EVERY_FORMAT if name != "a"])
 def test_the_same_film_has_the_same_bytes_and_ordinary_permissions(tmp_path: Path, name: str) -> None:
     first = save_film(frames(), tmp_path / name, metadata=SETTINGS).read_bytes()
     assert save_film(frames(), tmp_path / name, metadata=SETTINGS).read_bytes() == first
@@ -492,3 +568,40 @@ def test_the_same_narrow_frames_give_the_same_bytes_every_time(tmp_path: Path) -
 
     films = {save_film(frames(), tmp_path / f"{i}.mp4").read_bytes() for i in range(16)}
     assert len(films) == 1
+
+
+def test_a_missing_encoder_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyAV as some systems build it, without x264."""
+    real = av.codec.Codec
+
+    def without_x264(name: str, mode: str) -> Any:
+        if name == "libx264":
+            raise av.codec.codec.UnknownCodecError(name)
+        return real(name, mode)
+
+    for suffix in FORMATS:
+        check_output(tmp_path / f"a{suffix}")
+    monkeypatch.setattr(av.codec, "Codec", without_x264)
+    with pytest.raises(
+        OutputError, match=r"needs the encoder libx264, .* without here: use \.webm, \.mov, \.mkv, \.gif"
+    ):
+        check_output(tmp_path / "a.mp4")
+    for suffix in FORMATS[1:]:
+        check_output(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize(
+    ("out", "given", "said"),
+    [
+        ("a.png", {"hold", "ping_pong", "reverse", "fps"}, ["--hold", "--reverse", "--ping-pong", "--fps"]),
+        ("frames", {"hold", "fps", "seconds", "transparent"}, ["--hold"]),
+        ("a.mp4", {"hold", "quality", "fps", "transparent"}, ["--transparent"]),
+        ("a.mkv", {"quality", "transparent"}, ["--quality"]),
+        ("a.gif", {"quality", "transparent"}, ["--quality", "--transparent"]),
+        ("a.webp", {"quality", "hold", "transparent"}, []),
+    ],
+)
+def test_what_changes_nothing_in_a_kind_of_file_is_said(out: str, given: set[str], said: list[str]) -> None:
+    found = unused_in(out, given)
+    assert [sentence.split()[0] for sentence in found] == said
+    assert all(f" changes nothing in {out}, which " in sentence and sentence.endswith(".") for sentence in found)

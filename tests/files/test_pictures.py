@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 import time
@@ -17,7 +18,9 @@ import pytest
 from PIL import ExifTags, Image, ImageChops, ImageCms, ImageDraw
 
 from diffmorpher.errors import ConfigError, ImageError
-from diffmorpher.files.pictures import fit_image, image_hash, load_image
+from diffmorpher.files.films import read_settings
+from diffmorpher.files.pictures import fit_image, image_hash, load_image, said_cut
+from diffmorpher.web.checks import check_picture
 
 
 def four_corners(width: int = 48, height: int = 32) -> Image.Image:
@@ -457,9 +460,34 @@ def test_crop_cuts_both_sides_alike_and_pad_is_white() -> None:
     assert padded[:40].min() == padded[80:].min() == 255
 
 
+@pytest.mark.parametrize(("x", "left"), [(0.5, 40), (0, 0), (0.1, 0), (0.5 - 1 / 8, 25), (0.75, 70), (1, 80)])
+def test_a_crop_has_its_focus_in_the_middle_as_far_as_the_picture_goes(x: float, left: int) -> None:
+    ramp = np.broadcast_to(np.arange(120, dtype=np.uint8)[None, :, None], (40, 120, 3))
+    for picture, focus in ((ramp, (x, 0.9)), (ramp.transpose(1, 0, 2), (0.9, x))):
+        fitted = np.asarray(fit_image(Image.fromarray(np.ascontiguousarray(picture)), (40, 40), "crop", focus))
+        assert abs(int(fitted.min()) - left) <= 1 and abs(int(fitted.max()) - left - 39) <= 1
+
+
+def test_padding_with_blur_keeps_all_of_the_picture_and_nothing_of_it_sharp_beside() -> None:
+    rng = np.random.default_rng(0)
+    wide = Image.fromarray(rng.integers(0, 256, (40, 120, 3), dtype=np.uint8))
+    blurred, padded = (np.asarray(fit_image(wide, (120, 120), how)).astype(int) for how in ("blur", "pad"))
+    np.testing.assert_array_equal(blurred[40:80], padded[40:80])
+    for band in (blurred[:40], blurred[80:]):
+        assert band.std() < 0.2 * blurred[40:80].std() and abs(band.mean() - 127) < 12
+
+
+def test_what_a_crop_cuts_off_is_said() -> None:
+    square, wide, tall = (Image.new("RGB", size) for size in ((50, 50), (200, 100), (90, 160)))
+    assert said_cut(["a.png", "x/b.png", "c.png"], [square, wide, tall], (64, 64)) == (
+        "To fit 64x64, 0 % of a.png, 50 % of b.png, 44 % of c.png is cut off."
+    )
+    assert said_cut(["a.png"], [square], (64, 64)) == "" and said_cut(["c.png"], [tall], (144, 256)) == ""
+
+
 def test_the_same_size_changes_nothing_and_gives_a_copy() -> None:
     picture = noise()
-    for resize in ("crop", "pad"):
+    for resize in ("crop", "pad", "blur"):
         fitted = fit_image(picture, picture.size, resize)
         assert largest_difference(fitted, picture) == 0
         assert fitted is not picture
@@ -471,14 +499,14 @@ def test_reducing_averages_rather_than_picks() -> None:
     assert 120 <= low <= high <= 135
 
 
-@pytest.mark.parametrize("resize", ["crop", "pad"])
+@pytest.mark.parametrize("resize", ["crop", "pad", "blur"])
 def test_extreme_shapes(resize: str) -> None:
     assert fit_image(Image.new("RGB", (8, 4000)), (32, 32), resize).size == (32, 32)
     assert fit_image(Image.new("RGB", (4000, 8)), (8, 64), resize).size == (8, 64)
 
 
 def test_bad_fits_are_refused() -> None:
-    with pytest.raises(ConfigError, match="'stretch', but must be 'crop' or 'pad'"):
+    with pytest.raises(ConfigError, match="'stretch', but must be 'crop', 'pad' or 'blur'"):
         fit_image(noise(), (32, 32), "stretch")
     with pytest.raises(ConfigError, match="0x32"):
         fit_image(noise(), (0, 32))
@@ -494,3 +522,25 @@ def test_hash_follows_pixels_and_size_not_the_file(tmp_path: Path) -> None:
     changed.putpixel((63, 47), (1, 2, 3))
     assert image_hash(changed) != one
     assert image_hash(Image.new("RGB", (8, 32))) != image_hash(Image.new("RGB", (32, 8)))
+
+
+@pytest.mark.parametrize("suffix", ["pcx", "sgi", "im", "msp", "spi", "blp", "eps", "pdf", "icns", "dds"])
+def test_formats_that_nobody_photographs_in_are_not_read(tmp_path: Path, suffix: str) -> None:
+    """Only decoders that people need are open to strangers' files; a format's name in the suffix does not matter."""
+    mode = {"msp": "1", "spi": "F", "blp": "P"}.get(suffix, "RGB")
+    buffer = io.BytesIO()
+    kind = {"im": "IM", "spi": "SPIDER"}.get(suffix, suffix.upper())
+    Image.new(mode, (16, 16)).save(buffer, format=kind)
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    with pytest.raises(ImageError, match="not a picture in a format that can be read|is a PostScript drawing"):
+        load_image(tmp_path / "a.png")
+    assert read_formats_alone(tmp_path / "a.png")
+
+
+def read_formats_alone(file: Path) -> bool:
+    """The other doors to Pillow know no more."""
+    with pytest.raises(ImageError, match="No settings can be read"):
+        read_settings(file)
+    with pytest.raises(ImageError):
+        check_picture(file)
+    return True

@@ -1,4 +1,4 @@
-"""Films out: frames to .mp4, .gif, .webp, a contact sheet (.png) or a folder of PNG files, with the settings inside.
+"""Films out: frames to a video, an animated picture, a contact sheet or a folder of PNG files, with the settings inside.
 
 A film is written under a temporary name beside its place and moved there when complete, so that a failure or Ctrl-C
 leaves neither half a film nor a damaged older one.
@@ -9,34 +9,36 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
-from PIL.PngImagePlugin import PngInfo
 
 from ..config import FPS
 from ..errors import ConfigError, ImageError, OutputError
-from .atomic import replacing, temporary
+from .atomic import cannot_write, file_hash, replacing
+from .folders import FRAME_NAME, PNG_KEY, check_frames_are_ours, frame_files, png_info, save_folder, write_png
+from .pictures import READ_FORMATS, on_white
+from .places import check_place, same_place
+from .playback import Playback, Quality, played
+from .sound import read_sound
+from .video import CODECS, check_encoder, read_comment, write_video
 
 #: Suffixes that `save_film` knows; a path without one means a folder of `frame_0000.png`, `frame_0001.png`, ...
-FORMATS = (".mp4", ".gif", ".webp", ".png")
-
-#: Key of the settings in PNG files. Elsewhere: mp4 `comment`, gif comment, webp EXIF ImageDescription.
-PNG_KEY = "diffmorpher"
+FORMATS = (*CODECS, ".gif", ".webp", ".apng", ".png")
 
 #: Browsers slow a frame of 10 ms or less down to 100 ms (gif counts in steps of 10 ms), so faster films skip frames.
-_MAX_GIF_FPS, _MAX_WEBP_FPS = 50, 90
-#: The longest frame is 100 s: gif's counter holds 655 s, and nobody wants a slower film.
-MIN_FPS, MAX_FPS = 0.01, 240
+_MAX_GIF_FPS, _MAX_FPS = 50, 90
+#: What holds opacity; "" is a folder.
+TRANSPARENT = (*(suffix for suffix, codec in CODECS.items() if codec.transparent), ".webp", ".apng", ".png", "")
+#: How well a webp is compressed.
+_WEBP: dict[Quality, int] = {"small": 70, "good": 90, "best": 98}
 #: Pixels at least this bright in all channels count as white background in a gif.
 _NEAR_WHITE = 250
-_FRAME_NAME = re.compile(r"frame_\d{4,}\.png")
 
 PathLike = str | os.PathLike[str]
 
@@ -47,6 +49,8 @@ def check_output(out: PathLike) -> Path:
     Raises `OutputError`: unknown suffix, no name, a folder where a file is wanted or the reverse, or a place that
     cannot be written. Folders on the way that do not exist yet are fine.
     """
+    if not isinstance(out, (str, os.PathLike)) or not isinstance(os.fspath(out), str):
+        raise OutputError(f"Output is {out!r:.100}, but must be a path.")
     path = Path(out)
     if path.name in ("", "..") or path.name.lower() in FORMATS or "\0" in path.name:
         raise OutputError(f"Output {str(out)!r} has no name: give one such as 'morph.mp4'.")
@@ -55,32 +59,42 @@ def check_output(out: PathLike) -> Path:
             f"Output {str(out)!r} ends in {path.suffix!r}: "
             f"use {', '.join(FORMATS)}, or no suffix for a folder of frames."
         )
-    try:
-        if path.suffix and path.is_dir():
-            raise OutputError(f"Output {str(out)!r} is a folder: give a file name in it, or another name.")
-        if not path.suffix and path.is_file():
-            raise OutputError(
-                f"Output {str(out)!r} is a file, but a name without suffix means a folder of frames: "
-                f"add one of {', '.join(FORMATS)}, or give another name."
-            )
-        places = [*path.parents] if path.suffix else [path, *path.parents]
-        nearest = next(place for place in places if os.path.lexists(place))
-        if not nearest.is_dir():
-            raise OutputError(
-                f"Output {str(out)!r} cannot be created: {str(nearest)!r} is not a folder; choose another."
-            )
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise OutputError(f"Output {str(out)!r} cannot be written: {str(nearest)!r} is read-only; choose another.")
-    except OSError as error:
-        raise _cannot_write(path, error) from error
+    folder = not path.suffix
+    if folder and os.path.isfile(path):
+        raise OutputError(
+            f"Output {str(out)!r} is a file, but a name without suffix means a folder of frames: "
+            f"add one of {', '.join(FORMATS)}, or give another name."
+        )
+    check_encoder(path)
+    check_place(out, folder=folder)
+    if folder:
+        check_frames_are_ours(path)
     return path
+
+
+def unused_in(out: PathLike, names: Collection[str]) -> list[str]:
+    """A sentence for each setting, of those that were given, by its name in a recipe, that changes nothing in such a file."""
+    suffix = Path(out).suffix.lower()
+    once = "holds each frame once" if suffix in ("", ".png") else ""
+    alike = "" if suffix in (".mp4", ".webm", ".mov", ".webp") else "loses nothing that could be less"
+    reasons = {
+        **dict.fromkeys(("hold", "reverse", "ping_pong"), once),
+        "fps": "" if "seconds" in names else once,
+        "quality": "is a gif, which has but one" if suffix == ".gif" else alike,
+        "transparent": "" if suffix in TRANSPARENT else "can hold no transparency, so the film is on white",
+    }
+    return [
+        f"--{name.replace('_', '-')} changes nothing in {out}, which {reason}."
+        for name, reason in reasons.items()
+        if reason and name in names
+    ]
 
 
 def writes_over(out: PathLike, file: PathLike) -> bool:
     """Whether writing to `out` replaces that file, which may be a frame in a folder of frames."""
-    place, there = Path(out).resolve(), Path(file).resolve()
-    in_folder = not place.suffix and there.parent == place and _FRAME_NAME.fullmatch(there.name) is not None
-    return place == there or in_folder
+    there = Path(file)
+    in_folder = not Path(out).suffix and same_place(there.parent, out) and FRAME_NAME.fullmatch(there.name) is not None
+    return same_place(out, file) or in_folder
 
 
 def save_film(
@@ -89,49 +103,62 @@ def save_film(
     *,
     fps: float = FPS,
     metadata: Mapping[str, object] | None = None,
-    ping_pong: bool = False,
+    order: Sequence[int] | None = None,
+    quality: Quality = "good",
+    audio: PathLike | None = None,
 ) -> Path:
     """Write the frames to `out` in the format of its suffix and return its path.
 
-    frames: pictures of one size, one or more; an .mp4 or a folder is written as they come, and holds none of them in memory.
-    out: .mp4 (H.264, yuv420p; an odd side grows by one pixel), .gif and .webp (both looped), .png (a contact sheet), or
-        no suffix: a folder of numbered PNG files, from which frames of an earlier film are removed.
-    fps: frames per second, 0.01 to 240. A gif above 50 or a webp above 90, which browsers would play slowly, keeps its
+    frames: pictures of one size, one or more; a video or a folder is written as they come, and holds none of them in memory.
+    out: .mp4 (H.264), .webm (VP9) or .mov (ProRes 422), in which an odd side grows by one pixel; .mkv (FFV1, lossless); .gif,
+        .webp or .apng (looped); .png (a contact sheet); or no suffix: a folder of numbered PNG files, from which frames of an
+        earlier film are removed.
+    fps: frames per second, 0.01 to 240. A gif above 50, a webp or apng above 90, which browsers would play slowly, keeps its
         duration and skips frames.
     metadata: settings to store as JSON in the file (in each frame's file for a folder); see `read_settings`.
-    ping_pong: a film plays forwards, then backwards to just before its first frame; no matter for sheets and folders.
+    order: which frame is seen in each place of the film, by its number; None for each once. No matter for sheets and folders,
+        which hold each frame once. A video that only repeats frames still holds none in memory.
+    quality: of .mp4, .webm, .mov and .webp; the others have but one.
+    audio: a file whose sound a video gets, from its beginning, cut to the film's length; other films have none.
 
-    Raises `OutputError`; an older film at `out` is then still whole.
+    Raises `ConfigError`, and `OutputError`; an older film at `out` is then still whole.
     """
     path = check_output(out)
-    if isinstance(fps, bool) or not isinstance(fps, Real) or not MIN_FPS <= fps <= MAX_FPS:
-        raise OutputError(f"fps is {fps!r}, but must be a number from {MIN_FPS} to {MAX_FPS} frames per second.")
+    Playback(fps, quality=quality)  # refuses what cannot be
     # In one order, whoever put them together: the same film has the same bytes.
     settings = json.dumps(dict(sorted(metadata.items())), default=str) if metadata is not None else None
     suffix = path.suffix.lower()
-    as_they_come = not suffix or (suffix == ".mp4" and not ping_pong)
-    coming = _Coming(frames)
-    pictures = [] if as_they_come else _pictures(frames)
+    sounds = audio is not None and suffix in CODECS
+    if sounds and order is None:  # how long it is must be known
+        frames = list(frames)
+        order = range(len(frames))
+    coming = _Coming(frames, suffix in TRANSPARENT)
+    sound = read_sound(audio, len(order or ()) / float(fps)) if audio is not None and sounds else None
+    pictures = [] if suffix in ("", *CODECS) else _pictures(frames, suffix in TRANSPARENT)
+    if order is not None and suffix != ".png":
+        pictures = [pictures[i] for i in order] if pictures else pictures
     try:
         if not suffix:
-            _save_folder(coming, path, settings)
+            save_folder(coming, path, settings)
             return path
         with replacing(path) as part:
-            if ping_pong and suffix != ".png":
-                pictures = pictures + pictures[-2:0:-1]
-            if suffix == ".mp4":
+            if suffix in CODECS:
                 rate = Fraction(float(fps)).limit_denominator(100_000)
-                _write_mp4(coming if as_they_come else pictures, part, rate, settings)
+                write_video(
+                    coming if order is None else played(coming, order), part, suffix, rate, settings, quality, sound
+                )
             elif suffix == ".gif":
                 _write_gif(pictures, part, fps, settings)
             elif suffix == ".webp":
-                _write_webp(pictures, part, fps, settings)
+                _write_webp(pictures, part, fps, settings, _WEBP[quality])
+            elif suffix == ".apng":
+                _write_apng(pictures, part, fps, settings)
             else:
-                _write_png(contact_sheet(pictures), part, settings)
+                write_png(contact_sheet(pictures), part, settings)
     except (OSError, ValueError, RuntimeError) as error:  # the latter two: Pillow on a size that a format cannot hold
         if coming.failure is error:
             raise
-        raise _cannot_write(path, error) from error
+        raise cannot_write(f"Output {str(path)!r}", error) from error
     return path
 
 
@@ -139,25 +166,36 @@ def save_made(
     frames: Iterable[Image.Image],
     out: PathLike,
     settings: Mapping[str, Any],
-    fps: float | None = None,
-    ping_pong: bool | None = None,
+    audio: PathLike | None = None,
+    **changes: Any,
 ) -> Path:
-    """`save_film` with the settings that the frames were made with; None takes the speed that these name, or the usual one."""
-    speed = settings.get("fps", FPS) if fps is None else fps
-    both_ways = settings.get("ping_pong", False) if ping_pong is None else ping_pong
-    whole = isinstance(speed, float) and speed.is_integer()  # 8 and 8.0 are one speed, and one metadata
-    metadata = {**settings, "fps": int(speed) if whole else speed, "ping_pong": both_ways}
-    metadata = dict(
-        sorted(metadata.items())
-    )  # in one order, whoever put them together: the same film has the same bytes
-    return save_film(frames, out, fps=speed, metadata=metadata, ping_pong=both_ways)
+    """`save_film` with the settings that the frames were made with, which say how they are played.
+
+    audio: another sound. changes: of the `Playback`; None changes nothing. Raises `ConfigError`, `OutputError`.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    play = replace(Playback.of(settings), **changes)
+    metadata: dict[str, Any] = {**settings, **changes, "ping_pong": play.ping_pong}
+    metadata["fps"] = (
+        int(play.fps) if play.fps == int(play.fps) else play.fps
+    )  # 8 and 8.0 are one speed, and one metadata
+    sound = audio or settings.get("audio")
+    if sound is not None:
+        read_sound(sound, 0.1)  # refuses what is none
+        metadata |= {"audio": Path(sound).name, "audio_hash": file_hash(sound)}
+    positions = settings.get("alphas")
+    if changes and "seconds" in metadata and positions is not None:  # another length now
+        metadata["frames"] = len(positions)
+        del metadata["seconds"]
+    order = None if positions is None else play.order(positions, bool(settings.get("loop")))
+    return save_film(frames, out, fps=play.fps, metadata=metadata, order=order, quality=play.quality, audio=sound)
 
 
 class _Coming:
     """Frames as they are made, checked one by one. failure: the error that the making of one ended in."""
 
-    def __init__(self, frames: Iterable[Image.Image]) -> None:
-        self._frames = frames
+    def __init__(self, frames: Iterable[Image.Image], transparent: bool) -> None:
+        self._frames, self._transparent = frames, transparent
         self.failure: Exception | None = None
 
     def __iter__(self) -> Iterator[Image.Image]:
@@ -167,7 +205,7 @@ class _Coming:
                 if size not in (None, frame.size):
                     raise _several_sizes(size, frame.size)
                 size = frame.size
-                yield frame.convert("RGB")
+                yield _shown(frame, self._transparent)
         except Exception as error:
             self.failure = error
             raise
@@ -191,11 +229,11 @@ def read_settings(path: PathLike) -> dict[str, object] | None:
     file = Path(path)
     try:
         if file.is_dir():
-            frames = _frame_files(file)
+            frames = frame_files(file)
             if not frames:
                 return None
             file = frames[0]
-        text = _read_mp4_comment(file) if file.suffix.lower() == ".mp4" else _read_picture_comment(file)
+        text = read_comment(file) if file.suffix.lower() in CODECS else _read_picture_comment(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"No settings can be read from {str(path)!r} ({error}): check the path.") from error
     try:
@@ -206,7 +244,7 @@ def read_settings(path: PathLike) -> dict[str, object] | None:
 
 
 def contact_sheet(frames: Iterable[Image.Image], columns: int | None = None, gap: int = 4) -> Image.Image:
-    """All frames in one RGB picture, row by row on white.
+    """All frames in one picture, row by row on white, or on nothing if they are RGBA.
 
     columns: frames in a row; by default as square a grid as can be, at most 8 wide.
     gap: white pixels between frames.
@@ -221,98 +259,31 @@ def contact_sheet(frames: Iterable[Image.Image], columns: int | None = None, gap
     columns = min(columns or min(8, math.ceil(math.sqrt(len(pictures)))), len(pictures))
     rows = math.ceil(len(pictures) / columns)
     width, height = pictures[0].size
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    mode = pictures[0].mode
+    sheet = Image.new(
+        mode,
+        (columns * (width + gap) - gap, rows * (height + gap) - gap),
+        "white" if mode == "RGB" else (255, 255, 255, 0),
+    )
     for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * (width + gap), i // columns * (height + gap)))
     return sheet
 
 
-def _pictures(frames: Iterable[Image.Image]) -> list[Image.Image]:
+def _shown(frame: Image.Image, transparent: bool) -> Image.Image:
+    """A frame as a kind of file holds it: RGBA where both have opacity, else RGB."""
+    return frame if transparent and frame.mode == "RGBA" else on_white(frame)
+
+
+def _pictures(frames: Iterable[Image.Image], transparent: bool = True) -> list[Image.Image]:
     """All of them, before anything is touched on disk: an error in the making of a frame passes through as it is."""
-    pictures = [frame.convert("RGB") for frame in frames]
+    pictures = [_shown(frame, transparent) for frame in frames]
     if not pictures:
         raise _no_frames()
     sizes = sorted({picture.size for picture in pictures})
     if len(sizes) > 1:
         raise _several_sizes(*sizes[:2])
     return pictures
-
-
-def _cannot_write(path: Path, error: Exception) -> OutputError:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return OutputError(f"Output {str(path)!r} cannot be written ({reason}): free some space or choose another place.")
-
-
-def _save_folder(pictures: Iterable[Image.Image], path: Path, settings: str | None) -> None:
-    exists = path.is_dir()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Inside a folder that exists, as that may be a mount of its own, across which nothing can be moved.
-    with temporary(path if exists else path.parent) as part:
-        part.mkdir()
-        for i, picture in enumerate(pictures):
-            _write_png(picture, part / f"frame_{i:04d}.png", settings)
-        if not exists:
-            os.replace(part, path)
-            return
-        written = _frame_files(part)
-        for file in written:
-            os.replace(file, path / file.name)
-        for name in {file.name for file in _frame_files(path)} - {file.name for file in written}:
-            (path / name).unlink()
-
-
-def _frame_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if _FRAME_NAME.fullmatch(file.name))
-
-
-def _write_png(picture: Image.Image, file: Path, settings: str | None) -> None:
-    info = PngInfo()
-    if settings is not None:
-        info.add_text(PNG_KEY, settings)
-    picture.save(file, format="PNG", pnginfo=info)
-
-
-def _write_mp4(pictures: Iterable[Image.Image], file: Path, rate: Fraction, settings: str | None) -> None:
-    import av
-
-    # The header counts in milliseconds unless told otherwise, which would round the film's duration.
-    timescale = rate.numerator if rate.numerator >= 1000 else rate.numerator * 1000
-    options = {"movflags": "+faststart", "movie_timescale": str(timescale)}
-    try:
-        with av.open(str(file), "w", format="mp4", options=options) as container:
-            if settings is not None:
-                container.metadata["comment"] = settings
-            # With mbtree the same narrow frames (64 x 96, say) give other bytes from one time to the next.
-            encoder = {"crf": "18", "x264-params": "mbtree=0"}
-            stream = container.add_stream("libx264", rate=rate, options=encoder)
-            stream.pix_fmt = "yuv420p"
-            context = stream.codec_context
-            context.time_base = 1 / rate
-            context.color_range = 1  # these four as numbered in the standard (H.273): limited range,
-            context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 throughout
-            for i, picture in enumerate(pictures):
-                if i == 0:
-                    stream.width, stream.height = (side + side % 2 for side in picture.size)  # yuv420p halves the sides
-                array = np.asarray(picture)
-                array = np.pad(array, ((0, array.shape[0] % 2), (0, array.shape[1] % 2), (0, 0)), mode="edge")
-                frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-                # Without a matrix named here swscale takes BT.601, and the colours belie the tags.
-                frame = frame.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
-                frame.pts, frame.time_base = i, 1 / rate
-                container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
-    except av.FFmpegError as error:
-        raise OSError(error.errno, error.strerror) from error
-
-
-def _read_mp4_comment(file: Path) -> str | None:
-    import av
-
-    try:
-        with av.open(str(file)) as container:
-            return container.metadata.get("comment")
-    except av.FFmpegError as error:
-        raise OSError(error.errno, error.strerror) from error
 
 
 def _timing(count: int, fps: float, max_fps: float, tick: float) -> tuple[list[int], list[int]]:
@@ -370,27 +341,25 @@ def _to_palette(picture: Image.Image, palette: Image.Image) -> Image.Image:
     return indexed
 
 
-def _write_webp(pictures: Sequence[Image.Image], file: Path, fps: float, settings: str | None) -> None:
-    indices, milliseconds = _timing(len(pictures), fps, _MAX_WEBP_FPS, 0.001)
-    first, *others = (pictures[i] for i in indices)
+def _write_webp(pictures: Sequence[Image.Image], file: Path, fps: float, settings: str | None, quality: int) -> None:
     exif = Image.Exif()
     if settings is not None:
         exif[ExifTags.Base.ImageDescription] = settings
-    first.save(
-        file,
-        format="WEBP",
-        save_all=True,
-        append_images=others,
-        duration=milliseconds,
-        loop=0,
-        quality=90,
-        method=4,
-        exif=exif,
-    )
+    _write_animation(pictures, file, fps, format="WEBP", quality=quality, method=4, exif=exif)
+
+
+def _write_apng(pictures: Sequence[Image.Image], file: Path, fps: float, settings: str | None) -> None:
+    _write_animation(pictures, file, fps, format="PNG", pnginfo=png_info(settings))
+
+
+def _write_animation(pictures: Sequence[Image.Image], file: Path, fps: float, **options: Any) -> None:
+    indices, milliseconds = _timing(len(pictures), fps, _MAX_FPS, 0.001)
+    first, *others = (pictures[i] for i in indices)
+    first.save(file, save_all=True, append_images=others, duration=milliseconds, loop=0, **options)
 
 
 def _read_picture_comment(file: Path) -> str | None:
-    with Image.open(file) as image:
+    with Image.open(file, formats=READ_FORMATS) as image:
         info, exif = image.info, image.getexif()
         text = info.get(PNG_KEY) or info.get("comment") or exif.get(ExifTags.Base.ImageDescription)
     return text.decode("utf-8", "replace") if isinstance(text, bytes) else text

@@ -6,15 +6,20 @@ import hashlib
 import io
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFilter, ImageOps, UnidentifiedImageError
 
 from ..errors import ConfigError, ImageError
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]
+
+#: Decoders that strangers' files may reach, by Pillow's names: what people keep pictures in, and none that starts a program.
+READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 #: Pixels on a side of the smallest picture that is taken, and pixels in all of the largest.
 MIN_SIDE = 8
@@ -24,10 +29,12 @@ MAX_PIXELS = 100_000_000
 _GREY_RANGES = ((2, 1), (255, 255), (65535, 65535))  # up to 2: a float picture may overshoot 1 a little
 
 
-def load_image(source: ImageSource) -> Image.Image:
+def load_image(source: ImageSource, alpha: bool = False) -> Image.Image:
     """A picture as 8-bit RGB, its own size, upright, in sRGB, without metadata.
 
-    source: a file Pillow can read (its first frame if animated), a PIL image of any mode (at the frame it stands at,
+    alpha: as RGBA, with its transparency, instead of on white.
+
+    source: a file in one of `READ_FORMATS` (its first frame if animated), a PIL image of any mode (at the frame it stands at,
         and left as it is), or a uint8 array of H x W (grey), H x W x 3 (RGB) or H x W x 4 (RGBA).
 
     EXIF orientation is applied, transparency is composed on white, an embedded ICC profile is converted to sRGB (one
@@ -38,9 +45,9 @@ def load_image(source: ImageSource) -> Image.Image:
     read in the header, before anything is decoded.
     """
     if isinstance(source, np.ndarray):
-        return _to_rgb(_from_array(source))
+        return _to_rgb(_from_array(source), alpha)
     if isinstance(source, Image.Image):
-        return _decode(source, "The picture given")
+        return _decode(source, "The picture given", alpha)
     if not isinstance(source, (str, os.PathLike)):
         raise ImageError(
             f"A picture cannot be a {type(source).__name__}: give a path, a PIL image or a uint8 array of H x W x 3."
@@ -53,11 +60,14 @@ def load_image(source: ImageSource) -> Image.Image:
         with path.open("rb") as file, warnings.catch_warnings():
             # Pillow warns from 89 megapixels on; the limit here is our own, and Pillow's is left as it is.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if not file.read(1):
+            start = file.read(4)
+            if start.startswith(_POSTSCRIPT):
+                raise ImageError(f"{what} is a PostScript drawing: export it as PNG.")
+            if not start:
                 raise ImageError(f"{what} is empty (0 bytes): copy or export it again.")
             file.seek(0)
-            with Image.open(file) as image:
-                return _decode(image, what)
+            with Image.open(file, formats=READ_FORMATS) as image:
+                return _decode(image, what, alpha)
     except FileNotFoundError as error:
         raise ImageError(f"{what} does not exist: check the path.") from error
     except Image.DecompressionBombError as error:
@@ -70,12 +80,15 @@ def load_image(source: ImageSource) -> Image.Image:
         raise ImageError(f"{what} cannot be read ({_reason(error)}): check the file and its permissions.") from error
 
 
-def fit_image(image: Image.Image, size: tuple[int, int], resize: str = "crop") -> Image.Image:
+def fit_image(
+    image: Image.Image, size: tuple[int, int], resize: str = "crop", focus: tuple[float, float] = (0.5, 0.5)
+) -> Image.Image:
     """The picture at exactly `size` = (width, height) in pixels, aspect ratio kept, resampled with Lanczos.
 
     image: 8-bit RGB, as `load_image` returns it.
-    resize: "crop" scales it to cover the size and cuts the rest off centrally; "pad" scales it to fit inside and fills
-        up with white.
+    resize: "crop" scales it to cover the size and cuts off the rest; "pad" scales it to fit inside and fills up with white;
+        "blur" fills up with the picture itself, enlarged and blurred.
+    focus: the point that a crop has in its middle, or as near to it as the picture allows, in shares of width and height.
 
     Raises `ConfigError` for another `resize` or a size below 1.
     """
@@ -86,22 +99,49 @@ def fit_image(image: Image.Image, size: tuple[int, int], resize: str = "crop") -
         scale = max(width / image.width, height / image.height)
         # A fractional box leaves the cut to the resampling filter: no pixel is lost to rounding.
         box_w, box_h = min(width / scale, image.width), min(height / scale, image.height)
-        left, top = (image.width - box_w) / 2, (image.height - box_h) / 2
+        left = min(max(focus[0] * image.width - box_w / 2, 0), image.width - box_w)
+        top = min(max(focus[1] * image.height - box_h / 2, 0), image.height - box_h)
         return image.resize(size, Image.Resampling.LANCZOS, (left, top, left + box_w, top + box_h))
-    if resize == "pad":
+    if resize in ("pad", "blur"):
         scale = min(width / image.width, height / image.height)
         inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-        canvas = Image.new("RGB", size, "white")
+        if resize == "blur":
+            canvas = fit_image(image, size).filter(ImageFilter.GaussianBlur(min(size) / 16))
+        else:
+            canvas = Image.new("RGB", size, "white")
         offset = ((width - inner[0]) // 2, (height - inner[1]) // 2)
         canvas.paste(image.resize(inner, Image.Resampling.LANCZOS), offset)
         return canvas
-    raise ConfigError(f"resize is {resize!r}, but must be 'crop' or 'pad'.")
+    raise ConfigError(f"resize is {resize!r}, but must be 'crop', 'pad' or 'blur'.")
+
+
+def fit_opacity(
+    image: Image.Image, size: tuple[int, int], resize: str = "crop", focus: tuple[float, float] = (0.5, 0.5)
+) -> Image.Image:
+    """The opacity of an RGBA picture as `fit_image` frames it, mode L; nothing is where a picture is filled up."""
+    empty = ImageOps.invert(image.getchannel("A")).convert("RGB")
+    return ImageOps.invert(fit_image(empty, size, resize, focus).getchannel(0))
+
+
+def said_cut(names: Sequence[str], images: Sequence[Image.Image], size: tuple[int, int]) -> str:
+    """A sentence on how much of each picture a crop to that size cuts off; empty where that is nothing.
+
+    names: of the pictures; there are as many.
+    """
+    shares = []
+    for image in images:
+        own, wanted = image.width / image.height, size[0] / size[1]
+        shares.append(round(100 * (1 - min(own, wanted) / max(own, wanted))))
+    if not any(shares):
+        return ""
+    cut = ", ".join(f"{share} % of {Path(name).name}" for share, name in zip(shares, names, strict=True))
+    return f"To fit {size[0]}x{size[1]}, {cut} is cut off."
 
 
 def image_hash(image: Image.Image) -> str:
-    """SHA-256 of size and RGB bytes, 64 hex digits: the same picture from two files has the same hash."""
+    """SHA-256 of size and RGB bytes (on white), 64 hex digits: the same picture from two files has the same hash."""
     digest = hashlib.sha256(f"{image.width}x{image.height}:".encode())
-    digest.update(image.convert("RGB").tobytes())
+    digest.update(on_white(image).tobytes())
     return digest.hexdigest()
 
 
@@ -124,14 +164,14 @@ def _check_size(size: tuple[int, int], what: str) -> None:
         raise ImageError(f"{what} is {width}x{height} pixels, more than 100 megapixels: make it smaller first.")
 
 
-def _decode(image: Image.Image, what: str) -> Image.Image:
+def _decode(image: Image.Image, what: str, alpha: bool) -> Image.Image:
     """Header checks first, then pixels; `what` opens the error's sentence."""
     _check_size(image.size, what)
     if image.format == "EPS":  # its decoder would run the file as a program in Ghostscript
         raise ImageError(f"{what} is a PostScript drawing: export it as PNG.")
     try:
         image.load()
-        return _to_rgb(_upright(image))
+        return _to_rgb(_upright(image), alpha)
     except Exception as error:  # as above: damaged data surfaces as almost any exception
         raise ImageError(f"{what} is damaged ({_reason(error)}): copy or export it again.") from error
 
@@ -147,16 +187,25 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to a new RGB image: colours to sRGB first, then transparency composed on white."""
+def on_white(image: Image.Image) -> Image.Image:
+    """A picture with transparency as RGB on white; any other as RGB."""
+    if image.mode != "RGBA":
+        return image.convert("RGB")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image.convert("RGB"), mask=image.getchannel("A"))
+    return white
+
+
+def _to_rgb(image: Image.Image, keep: bool = False) -> Image.Image:
+    """Any mode to a new RGB image: colours to sRGB first, then transparency composed on white, or kept, as RGBA."""
     if image.mode in ("La", "RGBa"):
         image = image.convert("LA" if image.mode == "La" else "RGBA")
     alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data and _is_8_bit(image) else None
     rgb = _to_srgb(image)
-    if alpha is not None:
-        white = Image.new("RGB", rgb.size, "white")
-        white.paste(rgb, mask=alpha)
-        rgb = white
+    if keep or alpha is not None:
+        rgb = rgb.copy()  # which may be the caller's own
+        rgb.putalpha(255 if alpha is None else alpha)
+        rgb = rgb if keep else on_white(rgb)
     rgb.info = {}  # a profile or an orientation left in here would be applied a second time later
     return rgb
 

@@ -15,12 +15,12 @@ from typing import Any
 import tomli_w
 
 from ..errors import ImageError, OutputError, RecipeError
-from .atomic import replacing
+from .atomic import cannot_write, replacing
 from .films import FORMATS, read_settings
 
 
 def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The recipes in a file: that of a film (.mp4, .gif, .webp, .png, a folder of frames), that of a .toml, or all of a batch.
+    """The recipes in a file: that of a film, a contact sheet, a folder of frames or a .toml, or all of a batch.
 
     A batch is a .toml with `[[film]]` tables, whose other keys hold for every film, or a .csv with a line for each film:
     columns image_0, image_1 ..., prompt_0 ..., name or out, and keys such as frames or fit.steps; its values are texts.
@@ -63,8 +63,7 @@ def write_document(file: str | os.PathLike[str], document: Mapping[str, Any]) ->
         with replacing(path) as part:
             part.write_text(tomli_w.dumps(document), "utf-8")
     except (OSError, ValueError) as error:  # names that are no UTF-8
-        reason = getattr(error, "strerror", None) or error
-        raise OutputError(f"the recipe {str(file)!r} cannot be written ({reason}): choose another place.") from error
+        raise cannot_write(f"the recipe {str(file)!r}", error) from error
     return path
 
 

@@ -1,13 +1,15 @@
-"""`diffmorpher bench` and `compare` as a user runs them: real processes, a real model saved in a folder."""
+"""`diffmorpher bench` and `compare` as a user runs them, with a real model saved in a folder."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ import torch
 from PIL import Image
 
 from conftest import tiny_pipeline
-from diffmorpher.cli.bench import complete
+from diffmorpher.cli import app
+from diffmorpher.cli.options import complete
+from diffmorpher.cluster.slots import choose_jobs
 from diffmorpher.errors import ConfigError, DataError
-from diffmorpher.evaluation.bench import choose_jobs, parse_shard
+from diffmorpher.evaluation.bench import parse_shard
 from diffmorpher.evaluation.datasets import load_dataset
 from diffmorpher.evaluation.inception import Inception
-from diffmorpher.evaluation.report import best_methods
+from diffmorpher.evaluation.report import _table, best_methods
 from diffmorpher.evaluation.results import compare, read_results, table
 from diffmorpher.evaluation.worker import Settings, result_key
 
@@ -49,7 +53,11 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return os.environ | {"DIFFMORPHER_CACHE": str(tmp_path_factory.mktemp("cache")), "OMP_NUM_THREADS": "1"}
+    return os.environ | {
+        "DIFFMORPHER_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "DIFFMORPHER_CACHE_GB": "1",
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def command(*arguments: object) -> list[str]:
@@ -57,9 +65,15 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(environment: dict[str, str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+    """The command in this process, which has imported already what takes a new one seconds."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        for name in ("DIFFMORPHER_CACHE", "DIFFMORPHER_CACHE_GB"):
+            patch.setenv(name, environment[name])
+        patch.setattr(sys, "argv", ["diffmorpher", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            app.main()
+    return subprocess.CompletedProcess(command(*arguments), int(end.value.code or 0), out.getvalue(), err.getvalue())
 
 
 def test_bench_then_again_then_report(pairs: Path, model: Path, environment: dict[str, str], tmp_path: Path) -> None:
@@ -248,7 +262,7 @@ def test_only_the_protocols_settings_are_the_protocol() -> None:
 
 
 def result(pair: str, method: str, ppl: float) -> dict[str, Any]:
-    figures = dict.fromkeys(("pdv", "end_distance", "end_psnr", "directness", "roughness"), 1.0) | {"ppl": ppl}
+    figures = dict.fromkeys(("pdv", "end_distance", "end_psnr", "directness", "roughness", "ghost"), 1.0) | {"ppl": ppl}
     return {"pair": pair, "category": pair[0], "method": method, "figures": figures, "unet_rows": 5}
 
 
@@ -261,6 +275,24 @@ def test_table_and_best() -> None:
     assert 1.0 <= low < 3.0 < high <= 5.0
     assert best_methods(made["all"], "ppl") == {"y"} and best_methods(made["all"], "end_psnr") == {"x", "y"}
     assert best_methods(made["all"], "unet_rows") == set()
+
+
+def test_rows_made_before_there_was_a_figure_are_still_shown_and_compared() -> None:
+    """A folder of results of an earlier version, half of it made again."""
+    old, new = [result(pair, "x", 1.0) for pair in ("a", "b")], [result("a", "y", 2.0)]
+    for row in old:
+        del row["figures"]["ghost"]
+    made = table([*old, *new], ["x", "y"])["all"]
+    assert "ghost" not in made["x"] and made["x"]["ppl"][0] == 1 and made["y"]["ghost"][0] == 1
+    assert best_methods(made, "ghost") == {"y"} and best_methods({"x": made["x"]}, "ghost") == set()
+    drawn = _table({"table": {"all": made}, "frechet": {}}, "all")
+    assert drawn.count("<td></td>") == 1
+    runs = [
+        {"protocol": {}, "results": rows, "dataset": {"pairs": {"a": "k", "b": "l"}}}
+        for rows in (old, [result("a", "x", 3.0)])
+    ]
+    found = compare(*runs)["x"]
+    assert found["ppl"][0] == 2 and "ghost" not in found
 
 
 def test_runs_are_compared_pair_by_pair() -> None:

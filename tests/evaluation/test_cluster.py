@@ -36,6 +36,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with six pairs and a tiny model, which is also the folder that the test runs in."""
     pytest.importorskip("ray")
     monkeypatch.setenv("DIFFMORPHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFMORPHER_CACHE_GB", "1")
     tiny_pipeline().save_pretrained(tmp_path / "model")
     for i in range(6):
         for k in (0, 1):

@@ -129,7 +129,7 @@ def test_a_pairs_key_is_its_content(tmp_path: Path) -> None:
         ({"pairs.jsonl": "{broken"}, "cannot be read"),
         ({"pairs.jsonl": "[1, 2]"}, "is not a table of texts"),
         ({"a_0.png": "picture", "a_1.png": "picture", "prompts.json": '{"a": ["x"]}'}, "a name and two prompts"),
-        ({"a.png": "picture", "pairs.csv": "image_0,image_1,name\na.png,a.png,../x\n"}, "it becomes a folder"),
+        ({"a.png": "picture", "pairs.csv": "image_0,image_1,name\na.png,a.png,../x\n"}, "as it becomes a folder"),
         ({"a.png": "picture", "pairs.csv": "image_0,image_1\na.png,a.png\na.png,a.png\n"}, "two pairs called 'a-a'"),
     ],
 )
@@ -175,6 +175,7 @@ def test_figures_by_hand() -> None:
     assert made["ppl"] == pytest.approx(0.6)
     assert made["pdv"] == pytest.approx((0.01 + 0.01 + 0) / 3)
     assert made["directness"] == pytest.approx(1.0) and made["roughness"] == pytest.approx(0.0, abs=1e-5)
+    assert made["ghost"] == pytest.approx(1), "between grey and grey lies grey"
     assert (made["end_distance_0"], made["end_distance_1"]) == pytest.approx((0.0, 0.2))
     assert made["end_distance"] == pytest.approx(0.1)
     assert (made["end_psnr_0"], made["end_psnr_1"]) == pytest.approx((100.0, 10 * math.log10(4 / 0.04)), rel=1e-5)
@@ -190,7 +191,10 @@ def test_figures_by_hand() -> None:
 def test_a_film_that_stands_still_has_finite_figures() -> None:
     still = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(5, -1, -1, -1) * 2 - 1
     made = figures(still, still[:2], perceptual_distance())
-    assert made["ppl"] == made["pdv"] == made["directness"] == made["roughness"] == 0 and made["end_psnr"] == 100
+    assert (
+        made["ppl"] == made["pdv"] == made["directness"] == made["roughness"] == made["ghost"] == 0
+        and made["end_psnr"] == 100
+    )
     assert json.loads(json.dumps(made, allow_nan=False)) == made
 
 
@@ -272,6 +276,7 @@ def pictures() -> list[Image.Image]:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFMORPHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFMORPHER_CACHE_GB", "1")
     methods.clear_paths()
 
 

@@ -48,15 +48,6 @@ def run_bench(
         yield from _in_processes(pairs, settings, out, jobs)
 
 
-def choose_jobs(text: str, device: str | None) -> int:
-    """ "auto": one process for each GPU; on a CPU one, whose threads take all cores. Otherwise the number."""
-    if text == "auto":
-        return max(1, torch.cuda.device_count()) if device in (None, "cuda") else 1
-    if not re.fullmatch(r"\d{1,3}", text) or int(text) < 1:
-        raise ConfigError(f'jobs is {text!r}, but must be "auto" or a whole number of at least 1.')
-    return int(text)
-
-
 # ---- several processes on one machine
 
 _worker: Worker | None = None
@@ -74,8 +65,7 @@ def _start(settings: Settings, out: Path, jobs: int, numbers: Any) -> None:
 
 def _work(pair: Pair) -> str:
     assert _worker is not None
-    for _ in _worker.run_pair(pair):
-        pass
+    _worker.make_pair(pair)
     return pair.name
 
 

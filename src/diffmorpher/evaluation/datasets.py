@@ -71,6 +71,15 @@ def load_dataset(data: str) -> Dataset:
     """
     if data == "mini":
         return Dataset("mini", _from_manifest(ASSETS / "bench" / "pairs.csv"))
+    try:
+        return _load(data)
+    except (OSError, RecursionError) as error:
+        raise DataError(
+            f"the data set {data!r} cannot be read ({getattr(error, 'strerror', None) or error})."
+        ) from error
+
+
+def _load(data: str) -> Dataset:
     path = Path(data)
     if path.is_dir():
         pairs = _from_folder(path)
@@ -182,9 +191,9 @@ def _pair(manifest: Path, line: int, row: Mapping[str, str]) -> Pair:
     if missing := next((image for image in images if not image.is_file()), None):
         raise DataError(f"{where} names {str(missing)!r}, which does not exist.")
     name = row.get("name") or "-".join(image.stem for image in images)
-    if not re.fullmatch(r"[\w.() -]+", name) or name.startswith("."):
+    if not re.fullmatch(r"[\w.() -]+", name) or name.startswith(".") or len(name.encode()) > 200:
         raise DataError(
-            f"{where} has the name {name!r}: letters, digits, spaces, dots and dashes only, it becomes a folder."
+            f"{where} has the name {name!r:.100}: at most 200 letters, digits, spaces, dots, dashes, as it becomes a folder."
         )
     prompts = tuple(row.get(f"prompt_{i}", "") for i in range(count))
     return Pair(name, row.get("category") or "all", images, prompts)

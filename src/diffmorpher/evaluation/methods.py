@@ -19,7 +19,6 @@ from ..morpher import Morpher
 from ..path import MorphPath, to_pixels
 from ..progress import ProgressCallback
 from .freemorph import GUIDANCE, freemorph
-from .lora_cache import cached_loras
 from .warp import dissolve, warp
 
 
@@ -172,8 +171,8 @@ def _prepared(
     for known, path in _last:
         if known == key:
             return path
-    loras = cached_loras(morpher, images, prompts, fit, seed, progress) if fit else None
-    path = morpher.prepare(images, list(prompts), loras, fit=None, seed=seed, steps=steps, progress=progress)
+    path = morpher.prepare(images, list(prompts), fit=fit, seed=seed, steps=steps, progress=progress)
+    path.cache = None  # what frames take is measured, however often they were made
     _last[:] = [*_last[-1:], (key, path)]  # two: one with LoRAs, one without
     return path
 

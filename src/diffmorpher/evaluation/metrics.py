@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..method.ghost import ghost, middle_third
 from ..method.perceptual import PerceptualDistance, pdv, ppl
 
 #: For each figure of a film, what it is, and whether less of it is better.
@@ -19,6 +20,7 @@ FIGURES = {
     "end_psnr": ("the same in decibels", False),
     "directness": ("path length over the distance of first and last frame", True),
     "roughness": ("largest triangle deficit of three frames in a row", True),
+    "ghost": ("how much of a cross-fade of the ends the middle third is: 1 a dissolve, 0 new pictures", True),
 }
 
 
@@ -33,13 +35,17 @@ def figures(pixels: Tensor, inputs: Tensor, distance: PerceptualDistance) -> dic
     - end_distance_0, end_distance_1, end_psnr_0, end_psnr_1: first and last frame against the inputs, and their
       means end_distance, end_psnr; PSNR is 10 log10(4 / mse), at most 100;
     - directness: ppl / d(0, n-1). LPIPS is no metric, so values below 1 occur;
-    - roughness (second-order smoothness): max_i (d(i, i+1) + d(i+1, i+2) - d(i, i+2)) / d(i, i+2).
+    - roughness (second-order smoothness): max_i (d(i, i+1) + d(i+1, i+2) - d(i, i+2)) / d(i, i+2);
+    - ghost: of a frame f between the inputs A and B, 1 - min_b |f - ((1-b) A + b B)| / min(|f - A|, |f - B|) with b in
+      [0, 1] and |.| the Euclidean norm over all pixels (`method/ghost.py`); its mean over the frames of the middle third. 1
+      for a dissolve, 0 where no blend is nearer than an end, 0.13 where f is as far from A and B as these from each other.
     """
     gaps = distance.consecutive(pixels).tolist()
     skips = torch.cat([distance(pixels[i : i + 1], pixels[i + 2 : i + 3]) for i in range(len(pixels) - 2)]).tolist()
     whole = distance(pixels[:1], pixels[-1:]).item()
     ends = pixels[[0, -1]]
     end_distances = distance(ends, inputs).tolist()
+    middle = pixels[middle_third(0, len(pixels) - 1)]
     end_psnrs = [psnr(end, image) for end, image in zip(ends, inputs, strict=True)]
     return {
         "ppl": ppl(gaps),
@@ -48,6 +54,7 @@ def figures(pixels: Tensor, inputs: Tensor, distance: PerceptualDistance) -> dic
         "end_psnr": sum(end_psnrs) / 2,
         "directness": _ratio(ppl(gaps), whole),
         "roughness": max(_ratio(gaps[i] + gaps[i + 1] - skip, skip) for i, skip in enumerate(skips)),
+        "ghost": ghost(middle, *inputs).mean().item(),
         "end_distance_0": end_distances[0],
         "end_distance_1": end_distances[1],
         "end_psnr_0": end_psnrs[0],
@@ -63,8 +70,8 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b; 0 over 0 is 0, for a film in which nothing moves."""
-    return a / b if b > 0 else (math.inf if a > 0 else 0.0)
+    """a / b, at most a million (JSON has no infinity); 0 over 0 is 0, for a film in which nothing moves."""
+    return min(1e6, a / b) if b > 0 else (1e6 if a > 0 else 0.0)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

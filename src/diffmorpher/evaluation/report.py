@@ -24,6 +24,7 @@ COLUMNS = {
     "end_psnr": ("ends, dB", "{:.2f}"),
     "directness": ("directness", "{:.3f}"),
     "roughness": ("roughness", "{:.3f}"),
+    "ghost": ("ghost", "{:.2f}"),
     "unet_rows": ("U-Net rows", "{:.0f}"),
 }
 _SCALE = {"pdv": 1e4}
@@ -71,7 +72,9 @@ def best_methods(rows: dict[str, dict[str, list[float]]], figure: str) -> set[st
     if figure not in FIGURES:
         return set()
     lower = FIGURES[figure][1]
-    shown = {method: float(_number(figure, values[figure][0])) for method, values in rows.items()}
+    shown = {method: float(_number(figure, values[figure][0])) for method, values in rows.items() if figure in values}
+    if not shown:
+        return set()
     best = (min if lower else max)(shown.values())
     return {method for method, value in shown.items() if value == best}
 
@@ -126,6 +129,9 @@ def _table(results: dict[str, Any], category: str) -> str:
     for method, values in rows.items():
         cells = []
         for figure in COLUMNS:
+            if figure not in values:  # the row was made before there was that figure
+                cells.append("<td></td>")
+                continue
             mean, low, high = (_number(figure, value) for value in values[figure])
             interval = f" <small>{low} … {high}</small>" if low != high else ""
             cells.append(f"<td class='{'best' if method in best[figure] else ''}'>{mean}{interval}</td>")
@@ -177,7 +183,7 @@ def _strips(results: dict[str, Any], pair: str, out: Path) -> str:
 def _strip(frames: Sequence[Path]) -> str:
     sheet = Image.new("RGB", (_SIDE * len(frames), _SIDE), "white")
     for i, file in enumerate(frames):
-        with Image.open(file) as frame:
+        with Image.open(file, formats=["PNG"]) as frame:
             frame.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
             sheet.paste(frame, (i * _SIDE + (_SIDE - frame.width) // 2, (_SIDE - frame.height) // 2))
     buffer = io.BytesIO()

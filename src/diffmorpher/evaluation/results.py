@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import platform
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..config import is_real
 from ..errors import DataError
 from ..files.atomic import replacing
 from ..files.pictures import fit_image, load_image
@@ -26,6 +28,8 @@ from .statistics import bootstrap, paired_difference
 from .worker import Settings, finished, read_result
 
 ALL = "all"
+#: What a run writes into its folder, beside a folder for each pair.
+OUTPUTS = ("results.json", "results.csv", "report.html")
 
 
 def collect(
@@ -72,13 +76,16 @@ def collect(
         "results": results,
     }
     with replacing(out / "results.json") as part:
-        part.write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
+        part.write_text(as_json(everything, indent=1) + "\n", "utf-8")
     _write_csv(results, out / "results.csv")
     return everything
 
 
 def table(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """{category, "all" last: {method: {figure: [mean, low, high]}}}; "unet_rows" and "seconds" are figures here too."""
+    """{category, "all" last: {method: {figure: [mean, low, high]}}}; "unet_rows" is a figure here too.
+
+    A figure that some row of a method does not have, as it was made before there was that figure, is left out.
+    """
     categories = [*dict.fromkeys(result["category"] for result in results), ALL]
     made: dict[str, dict[str, dict[str, list[float]]]] = {}
     for category in categories:
@@ -86,7 +93,8 @@ def table(results: Sequence[dict[str, Any]], methods: Sequence[str]) -> dict[str
         for method in methods:
             rows = [r for r in results if r["method"] == method and category in (ALL, r["category"])]
             if rows:
-                figures = {name: list(bootstrap([row["figures"][name] for row in rows])) for name in FIGURES}
+                there = [name for name in FIGURES if all(is_real(row["figures"].get(name)) for row in rows)]
+                figures = {name: list(bootstrap([row["figures"][name] for row in rows])) for name in there}
                 figures["unet_rows"] = list(bootstrap([row["unet_rows"] for row in rows]))
                 made[category][method] = figures
     return made if len(categories) != 2 else {ALL: made[ALL]}
@@ -148,10 +156,8 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, list[fl
     if a["protocol"] != b["protocol"]:
         unlike = [name for name in a["protocol"] if a["protocol"][name] != b["protocol"].get(name)]
         raise DataError(f"the two runs differ in {', '.join(unlike)}: only runs of one protocol can be compared.")
-    keys = [
-        {(r["pair"], run["dataset"]["pairs"][r["pair"]], r["method"]): r["figures"] for r in run["results"]}
-        for run in (a, b)
-    ]
+    keys = [_by_key(run) for run in (a, b)]
+    both = [name for name in FIGURES if all(name in values for key in keys for values in key.values())]
     shared = [key for key in keys[0] if key in keys[1]]
     if not shared:
         raise DataError("the two runs have no pair and method in common.")
@@ -163,9 +169,37 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, dict[str, list[fl
                 *paired_difference([keys[0][key][figure] for key in here], [keys[1][key][figure] for key in here]),
                 len(here),
             ]
-            for figure in FIGURES
+            for figure in both
         }
     return differences
+
+
+def _by_key(run: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, float]]:
+    """The figures of a run by (pair, its content's key, method). Raises `DataError`."""
+    found = {}
+    for result in run["results"]:
+        pair, values = result["pair"], result.get("figures")
+        content = run["dataset"]["pairs"].get(pair)
+        older = isinstance(values, dict) and "ghost" not in values  # made before there was that figure
+        wanted = [figure for figure in FIGURES if not (older and figure == "ghost")]
+        known = isinstance(values, dict) and all(is_real(values.get(f)) and abs(values[f]) < 1e9 for f in wanted)
+        if not isinstance(content, str) or not known:
+            raise DataError(f"the results of the pair {pair!r} are incomplete or damaged: run the benchmark again.")
+        found[pair, content, result["method"]] = values
+    return found
+
+
+def as_json(value: Any, indent: int | None = None) -> str:
+    """As valid JSON: NaN and infinity, which it does not have, are null."""
+
+    def valid(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: valid(each) for key, each in part.items()}
+        if isinstance(part, (list, tuple)):
+            return [valid(each) for each in part]
+        return None if isinstance(part, float) and not math.isfinite(part) else part
+
+    return json.dumps(valid(value), indent=indent, allow_nan=False)
 
 
 def read_results(file: Path) -> dict[str, Any]:
@@ -173,10 +207,19 @@ def read_results(file: Path) -> dict[str, Any]:
     path = file / "results.json" if file.is_dir() else file
     try:
         loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        loaded["results"], loaded["protocol"], loaded["dataset"]["pairs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(loaded["protocol"], dict) or not isinstance(loaded["dataset"]["pairs"], dict):
+            raise TypeError
+        for result in loaded["results"]:
+            if not all(isinstance(result[key], str) and _is_name(result[key]) for key in ("pair", "method")):
+                raise ValueError(result)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{str(path)!r} is no results.json of 'diffmorpher bench': give one, or its folder.") from error
     return loaded
+
+
+def _is_name(text: str) -> bool:
+    """Whether it can be a folder's, and of no folder elsewhere."""
+    return bool(text) and not text.startswith(".") and not set(text) & set("/\\\0") and text.isprintable()
 
 
 def machine() -> dict[str, Any]:
@@ -190,5 +233,5 @@ def _write_csv(results: Sequence[dict[str, Any]], file: Path) -> None:
         rows = csv.writer(opened, lineterminator="\n")
         rows.writerow(["pair", "category", "method", *columns, "unet_rows", "seconds_prepare", "seconds_frames"])
         for r in results:
-            numbers = [*(r["figures"][column] for column in columns), r["unet_rows"], *r["seconds"].values()]
+            numbers = [*(r["figures"].get(column, "") for column in columns), r["unet_rows"], *r["seconds"].values()]
             rows.writerow([r["pair"], r["category"], r["method"], *numbers])

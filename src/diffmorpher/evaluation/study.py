@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DataError
-from ..files.atomic import replacing
+from ..files.atomic import cannot_write, replacing
 from ..models.catalog import ASSETS
 from .results import read_results
 from .statistics import binomial_interval
+
+#: Between the two methods in the name of a comparison.
+AGAINST = " against "
 
 
 def write_study(run: Path, methods: tuple[str, str], out: Path, seed: int = 0) -> Path:
@@ -54,8 +57,11 @@ def write_study(run: Path, methods: tuple[str, str], out: Path, seed: int = 0) -
     hidden = base64.b64encode(json.dumps(key).encode()).decode()
     study = {"id": identity, "trials": trials, "key": hidden, "films": films}
     page = (ASSETS / "study.html").read_text("utf-8").replace("__STUDY__", json.dumps(study))
-    with replacing(out) as part:
-        part.write_text(page, "utf-8")
+    try:
+        with replacing(out) as part:
+            part.write_text(page, "utf-8")
+    except OSError as error:
+        raise cannot_write(f"the page {str(out)!r}", error) from error
     return out
 
 
@@ -76,7 +82,7 @@ def tally(files: Sequence[Path]) -> dict[str, dict[str, Any]]:
         for vote in record["votes"]:
             sides = key[vote["trial"]]
             first, second = sorted((sides["left"], sides["right"]))
-            count = counts.setdefault(f"{first} against {second}", {first: 0, second: 0, "equal": 0})
+            count = counts.setdefault(f"{first}{AGAINST}{second}", {first: 0, second: 0, "equal": 0})
             count[sides.get(vote["choice"], "equal")] += 1
     return {name: _summary(count) for name, count in sorted(counts.items())}
 
@@ -103,13 +109,15 @@ def _read_votes(file: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         record = json.loads(file.read_text("utf-8"))
         key = json.loads(base64.b64decode(record["key"]))
         trials = [vote["trial"] for vote in record["votes"]]
-        if len(set(trials)) != len(trials) or not set(trials) <= set(range(len(key))):
+        if len(set(trials)) != len(trials) or not all(type(trial) is int and 0 <= trial < len(key) for trial in trials):
             raise ValueError(f"the trials {trials} are not some of {len(key)}, each once")
         for vote in record["votes"]:
-            if key[vote["trial"]]["left"] == key[vote["trial"]]["right"]:
-                raise ValueError(key[vote["trial"]])
-            if vote["choice"] not in ("left", "right", "equal"):
-                raise ValueError(vote["choice"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            left, right = (key[vote["trial"]][side] for side in ("left", "right"))
+            for method in (left, right):
+                if not isinstance(method, str) or method == "equal" or AGAINST in method:
+                    raise ValueError(method)
+            if left == right or vote["choice"] not in ("left", "right", "equal"):
+                raise ValueError(vote)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise DataError(f"{str(file)!r} is no file of votes that a study's page saved.") from error
     return record, key

@@ -16,8 +16,9 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 
 from ..config import FitConfig, SampleConfig
-from ..errors import Cancelled, ConfigError, DiffMorpherError
+from ..errors import Cancelled, ConfigError, DataError, DiffMorpherError
 from ..files.atomic import temporary
+from ..files.cache import default_cache
 from ..files.films import save_film
 from ..files.pictures import fit_image, load_image
 from ..method.perceptual import perceptual_distance
@@ -83,7 +84,7 @@ class Worker:
     def __init__(self, settings: Settings, out: Path, device: str | None = None) -> None:
         self.settings, self.out = settings, out
         self.morpher = Morpher.from_pretrained(
-            settings.model, device=device or settings.device, prediction=settings.prediction
+            settings.model, device=device or settings.device, prediction=settings.prediction, cache=default_cache()
         )
         self.distance = perceptual_distance(str(self.morpher.backbone.device))
 
@@ -97,6 +98,11 @@ class Worker:
         finally:
             clear_paths()
 
+    def make_pair(self, pair: Pair) -> None:
+        """The same at one go, for who waits for all of it."""
+        for _ in self.run_pair(pair):
+            pass
+
     def give_up(self, pair: Pair, reason: str) -> None:
         """Record what the pair lacks as failed."""
         for method in self.settings.methods:
@@ -105,9 +111,10 @@ class Worker:
 
     def _run(self, pair: Pair, method: str, given_up: str | None = None) -> None:
         folder = self.out / pair.name / method
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "result.json").is_file():
+            raise DataError(f"{str(folder)!r} holds no result of a benchmark and would be removed: give another -o.")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary(folder.parent) as part:
-            part.mkdir()
+        with temporary(folder.parent, is_folder=True) as part:
             result = self._describe(pair, method)
             try:
                 if given_up:

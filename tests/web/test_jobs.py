@@ -9,23 +9,27 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 from PIL import Image
 
 from diffmorpher import Morpher, Recipe
 from diffmorpher.cli.checks import check_port, parse_auth
-from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError
+from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError, SoundError
 from diffmorpher.files.films import read_settings
 from diffmorpher.models.catalog import ASSETS, CATALOG, check_model
 from diffmorpher.recipe import film_name
 from diffmorpher.web.downloads import downloads
+from diffmorpher.web.estimate import Speed, length, rows
 from diffmorpher.web.html import chart, frame, progress, strip
-from diffmorpher.web.jobs import Session, Studio, check_picture, explain
+from diffmorpher.web.jobs import KEPT_VISITS, Session, Studio, check_picture, explain
 from diffmorpher.web.line import LONGEST_LINE, Job, Line
 from diffmorpher.web.settings import chosen, different_names, fields_of
 
@@ -80,6 +84,8 @@ def test_the_command_says_what_differs_and_quotes_what_a_shell_would_split() -> 
         {"lora_steps": 9, "lora_rank": 4, "loop": True, "ping_pong": True, "model": "sd15"},
         {"preset": "paper", "steps": 9, "model": "sd15"},
         {"preset": "preview", "frames": 5},
+        {"seconds": "3.5", "hold": "0.5, 1", "stretch": [2], "ease": "in-out", "reverse": True},
+        {"stretch": "2", "frames": 30, "size": "16:9", "resize": "blur", "focus": "center; 0.2, 0.7"},
     ],
 )
 def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, Any], monkeypatch: Any) -> None:
@@ -89,7 +95,7 @@ def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, An
     line = command(recipe, [str(DEMO / "pear.png"), str(DEMO / "rose.png")], ["a", "b"])
     understood: list[Recipe] = []
 
-    def stop(recipe: Recipe, typed: object = ()) -> None:
+    def stop(recipe: Recipe, typed: object = (), no_cache: bool = False) -> None:
         understood.append(recipe)
         raise DiffMorpherError("far enough")
 
@@ -114,7 +120,7 @@ def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, An
         ({"lora_lr": "nan"}, "LoRA rate is 'nan', but must be a number"),
         ({"lora_steps": "0"}, "LoRA steps"),
         ({"adain": "yes"}, "must be true or false"),
-        ({"resize": "squash"}, '"crop" or "pad"'),
+        ({"resize": "squash"}, '"crop", "pad" or "blur"'),
         ({"seed": -1}, "seed"),
         ({"fps": 0}, "fps"),
         ({"fps": 0.5}, "fps is 0.5, but must be at least 1 on this page"),
@@ -123,6 +129,9 @@ def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, An
         ({"preset": "best"}, "preset is 'best'"),
         ({"preset": ["paper"]}, r"preset is \['paper'\]"),
         ({"fps": 10**400}, "must be a number"),
+        ({"hold": "11"}, "Hold is 11, but can be at most 10 on this page"),
+        ({"hold": "1;2"}, "hold is '1;2', but must be a number, or numbers with commas between"),
+        ({"stretch": "40"}, "Frames is 321, but can be at most 240 on this page"),
         ({"seed": 10**400}, "must be a number"),
         ({"model": "x" * 400}, "is not known"),
     ],
@@ -145,6 +154,15 @@ def test_a_seed_is_exact_as_text_too() -> None:
         {"preset": "preview", "size": "64x96"},
         {"preset": "paper", "steps": 20, "lora_steps": 23},  # the model's own, but not the preset's
         {"adain": False, "loop": True, "no_lora": True, "seed": 3, "attention_lambda": 0.2, "model": "sd15"},
+        {
+            "seconds": 3,
+            "hold": "0.5,0",
+            "stretch": "2",
+            "ease": "out",
+            "reverse": True,
+            "focus": "0.2,0.7",
+            "size": "4:5",
+        },
     ],
 )
 def test_a_films_settings_fill_the_form_that_makes_it_again(settings: dict[str, Any]) -> None:
@@ -248,10 +266,76 @@ def test_the_line_has_an_end() -> None:
 @pytest.fixture
 def studio(tmp_path: Path, loaded_mini: Morpher) -> Iterator[Studio]:
     studio = Studio(tmp_path / "root")
-    studio._morpher, studio._model = loaded_mini, "mini"
+    studio.model.hold(loaded_mini, Recipe())
     yield studio
     studio.close()
     assert not studio.root.exists()
+
+
+def test_only_the_file_is_written_again_where_frames_do_not_change(studio: Studio) -> None:
+    ann = visit(studio, "ann", "pear", "rose")
+    film = morph(studio, ann)
+    job = studio.morph(ann, chosen(SMALL | {"fps": 5, "hold": "1", "reverse": True}), ann.pictures, ["", ""])
+    again = wait(job)
+    assert again.again and not film.again and not {"fit", "invert", "sample", "schedule"} & set(job.stages)
+    assert [frame.tobytes() for frame in again.result.frames] == [frame.tobytes() for frame in film.result.frames]
+    assert again.metadata["fps"] == 5 and again.metadata["reverse"]
+    # The film before can still be watched, and made again; nothing else of it is kept.
+    (kept,) = ann.earlier
+    assert kept.recipe is not None and {file.name for file in kept.video.parent.iterdir()} == {
+        "pear-rose.mp4",
+        "pear-rose.toml",
+    }
+    assert Recipe.read(kept.recipe).fps == 8 and Recipe.read(kept.video).fps == 8
+    assert not morph(studio, ann, frames=4).again and not morph(studio, ann, frames=4, seed=1).again
+
+
+def test_a_visitor_comes_back_for_a_while(tmp_path: Path) -> None:
+    studio = Studio(tmp_path / "root", keep=60)
+    for key in ("ann", "bob", "program"):
+        visit(studio, key, "pear")
+    studio.come_back("ann", "her token")
+    studio.come_back("bob", "his token")
+    folders = {key: studio.session(key).folder for key in ("ann", "bob", "program")}
+    for key in folders:
+        studio.leave(key)
+    assert folders["ann"].exists() and not folders["program"].exists()
+    assert studio.come_back("ann again", "her token").folder == folders["ann"]
+    assert studio.come_back("somebody", "").folder not in folders.values()
+    assert studio.come_back("eve", "a guess").folder not in folders.values()
+    ending = studio.session("bob").ending
+    assert ending is not None
+    ending.function(*ending.args)  # his time is over
+    assert not folders["bob"].exists() and studio.come_back("bob again", "his token").pictures == []
+    studio.close()
+    assert not studio.root.exists()
+
+
+def test_how_long_a_film_will_be_and_take() -> None:
+    recipe = Recipe(("a", "b", "c")).changed(frames=9, fps=10, hold=(0.5, 0, 1), ping_pong=True)
+    assert length(recipe, 3) == pytest.approx((9 + 7 + 5 + 10) / 10)
+    speed = Speed()
+    assert speed.seconds(recipe, 3) is None
+    speed.learn(recipe, 1000, 20.0)
+    assert speed.seconds(recipe, 3) == pytest.approx(0.02 * rows(recipe, 3))
+    speed.learn(recipe, 3, 20.0)  # all but nothing had to be made
+    assert speed.seconds(recipe, 3) == pytest.approx(0.02 * rows(recipe, 3))
+    assert speed.seconds(recipe.changed(model="sd15"), 3) is None
+
+
+def test_rows_are_guessed_about_right(studio: Studio) -> None:
+    film = morph(studio, visit(studio, "ann", "pear", "rose"), frames=12)
+    assert rows(film.recipe, 2) == pytest.approx(film.result.unet_rows + 3 * 4 * 2 * film.recipe.fit.steps, rel=0.5)
+
+
+def test_few_visitors_are_waited_for(tmp_path: Path) -> None:
+    studio = Studio(tmp_path / "root", keep=60)
+    folders = []
+    for i in range(KEPT_VISITS + 2):
+        folders.append(studio.come_back(f"visitor {i}", f"token {i}").folder)
+        studio.leave(f"visitor {i}")
+    assert [folder.exists() for folder in folders] == [False, False] + [True] * KEPT_VISITS
+    studio.close()
 
 
 def visit(studio: Studio, key: str, *names: str) -> Session:
@@ -283,11 +367,54 @@ def test_a_film_and_the_fit_that_is_found_again(studio: Studio) -> None:
     assert one.tobytes() == film.result.frames[1].tobytes()
 
 
+def test_a_paced_film(studio: Studio) -> None:
+    ann = visit(studio, "ann", "pear", "rose")
+    paced = {"frames": None, "seconds": 2, "fps": 4, "hold": "0.5,0", "ease": "in", "reverse": True}
+    film = morph(studio, ann, **paced)
+    assert len(film.result.frames) == 6 and film.result.times[-1] == 0
+    settings: Any = film.metadata
+    assert (settings["seconds"], settings["hold"], settings["reverse"], "frames" in settings) == (
+        2,
+        [0.5, 0],
+        True,
+        False,
+    )
+    assert settings["schedule"]["ease"] == "in"
+    path = film.result.path.save(studio.root / "paced.morph")
+    again = wait(studio.morph(ann, chosen(SMALL | paced), [], [], path_file=path))
+    assert again.video.read_bytes() == again.result.save(studio.root / "same.mp4").read_bytes()
+    assert len(again.result.frames) == 6
+    with pytest.raises(ConfigError, match="Frames is 244, but can be at most 240 on this page"):
+        studio.morph(ann, chosen({"seconds": 61, "fps": 4}), ann.pictures, ["", ""])
+
+
+def test_a_film_with_sound_that_it_follows(studio: Studio, tmp_path: Path) -> None:
+    ann = visit(studio, "ann", "pear", "rose")
+    with wave.open(str(tmp_path / "song.wav"), "wb") as out:
+        out.setparams((1, 2, 8000, 0, "NONE", ""))
+        out.writeframes(bytes(8000) + 500 * bytes(range(100)))  # silence, then noise
+    recipe = chosen(SMALL | {"frames": 8, "beat": True})
+    with pytest.raises(ConfigError, match="needs a sound"):
+        studio.morph(ann, recipe, ann.pictures, ["", ""])
+    film = wait(studio.morph(ann, recipe, ann.pictures, ["", ""], audio=tmp_path / "song.wav"))
+    alphas = film.result.alphas
+    assert max(b - a for a, b in pairwise(alphas)) > 2 / 7, "it waits for the noise"
+    settings: Any = film.metadata
+    assert settings["audio"] == "song.wav" and "--audio song.wav --beat" in film.command
+    for kind in ("mp4", "webm", "mov"):
+        with av.open(str(downloads(film)[kind]())) as video:
+            assert len(video.streams.audio) == 1
+    values, missing = fields_of(replace(Recipe.read(film.video), device=None, dtype=None))
+    assert values["beat"] is True and not missing
+    with pytest.raises(SoundError, match="cannot be read"):
+        studio.morph(ann, recipe, ann.pictures, ["", ""], audio=DEMO.parent / "study.html")
+
+
 def test_downloads_hold_what_they_say(studio: Studio) -> None:
     ann = visit(studio, "ann", "pear", "rose")
     film = morph(studio, ann, ping_pong=True)
     files = {kind: write() for kind, write in downloads(film).items()}
-    assert list(files) == ["mp4", "gif", "webp", "frames", "path", "loras"]
+    assert list(files) == ["mp4", "gif", "webp", "webm", "mov", "frames", "path", "loras"]
     with Image.open(files["gif"]) as gif:
         assert getattr(gif, "n_frames", 1) == 4  # three there, one back
     again = studio.morph(ann, chosen(SMALL), [], [], path_file=files["path"])

@@ -53,7 +53,7 @@ class Server:
         self.folder, self.url = folder, f"http://127.0.0.1:{port}/"
         self._log = folder.parent / f"{folder.name}.log"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "diffmorpher", "web", "--port", str(port), *options],
+            [sys.executable, "-m", "diffmorpher", "web", "--port", str(port), "--keep", "0", *options],
             env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
             stderr=self._log.open("w"),
         )
@@ -204,7 +204,7 @@ def test_from_two_pictures_to_a_playing_film_and_all_that_can_be_had_from_it(vis
     expect(page.locator(".chart polyline")).to_have_count(1)
 
     # Downloads are all there, and are what they say.
-    expect(page.locator("a.download")).to_have_count(6)
+    expect(page.locator("a.download")).to_have_count(8)
     found = {}
     for link in page.locator("a.download").all():
         name, data = (
@@ -214,7 +214,8 @@ def test_from_two_pictures_to_a_playing_film_and_all_that_can_be_had_from_it(vis
         found[name] = data
         (tmp_path / name).write_bytes(data)
     stem = "tiger-face-wolf-face"
-    assert set(found) == {f"{stem}{end}" for end in (".mp4", ".gif", ".webp", "-frames.zip", ".morph", "-loras.zip")}
+    ends = (".mp4", ".gif", ".webp", ".webm", ".mov", "-frames.zip", ".morph", "-loras.zip")
+    assert set(found) == {f"{stem}{end}" for end in ends}
     assert found[f"{stem}.gif"][:4] == b"GIF8" and found[f"{stem}.webp"][8:12] == b"WEBP"
     assert len(zipfile.ZipFile(io.BytesIO(found[f"{stem}-frames.zip"])).namelist()) == 5
     settings = read_settings(tmp_path / f"{stem}.mp4") or {}
@@ -310,6 +311,121 @@ def test_the_slider_shows_any_position_at_once_or_soon(visitor: Visitor) -> None
     position = float(slider.input_value())
     assert 0.5 < position < 0.7
     expect(visitor.page.locator("img.frame")).to_have_attribute("alt", f"The frame at {position:.2f}", timeout=20_000)
+
+
+def test_pictures_are_dragged_into_order(visitor: Visitor) -> None:
+    visitor.upload(TIGER, WOLF, PEAR)
+    visitor.page.fill("#prompt-3 input", "a pear")
+    visitor.page.locator("#thumb-3 img").drag_to(visitor.page.locator("#thumb-1 img"))
+    expect(visitor.page.locator("#thumb-1 img")).to_have_attribute("alt", "pear.png")
+    expect(visitor.page.locator("#thumb-2 img")).to_have_attribute("alt", "tiger-face.png")
+    expect(visitor.page.locator("#prompt-1 input")).to_have_value("a pear")
+
+
+def test_the_slider_by_keyboard_makes_the_frame(visitor: Visitor) -> None:
+    visitor.page.get_by_role("button", name="Apple → pear").click()
+    expect(visitor.page.locator("img.thumb")).to_have_count(2)
+    visitor.small()
+    visitor.morph()
+    slider = visitor.page.locator("#alpha input[type=range]")
+    slider.focus()
+    for _ in range(23):
+        slider.press("ArrowRight")
+    expect(slider).to_have_value("0.23")
+    expect(visitor.page.locator("img.frame")).to_have_attribute("alt", "The frame at 0.23", timeout=20_000)
+
+
+def test_loading_the_page_anew_finds_the_visit_again(browser: Browser, tmp_path: Path) -> None:
+    server = Server(tmp_path / "web-kept", "--keep", "5")
+    visitor = Visitor(browser, server)
+    visitor.upload(TIGER, WOLF)
+    visitor.page.fill("#prompt-2 input", "a wolf")
+    visitor.small(frames=5)
+    visitor.morph()
+    film = visitor.video()
+    visitor.open()
+    expect(visitor.page.locator("img.thumb")).to_have_count(2)
+    visitor.wait_for_film()
+    assert visitor.video() == film
+    expect(visitor.page.locator("#prompt-2 input")).to_have_value("a wolf")
+    expect(visitor.page.locator("#frames input").first).to_have_value("5")
+    # In the middle of a run: it goes on, and its end is shown.
+    visitor.set(lora_steps=60)
+    visitor.page.click("#morph")
+    expect(visitor.page.locator("#status")).to_contain_text("Learn the pictures")
+    visitor.open()
+    expect(visitor.page.locator("#status")).to_contain_text("Done in", timeout=90_000)
+    assert visitor.video() != film
+    # Another tab, and another browser, are other visitors.
+    other = Visitor(browser, server)
+    other.page.wait_for_timeout(1000)
+    expect(other.page.locator("img.thumb")).to_have_count(0)
+    other.close()
+    visitor.close()
+    assert server.stop() == 0
+    assert list(server.folder.iterdir()) == []
+
+
+def test_a_path_file_is_shown_and_goes_when_pictures_are_added(visitor: Visitor, tmp_path: Path) -> None:
+    file = tmp_path / "old.morph"
+    file.write_bytes(b"whatever is in it")
+    visitor.unfold("Start from saved work")
+    visitor.page.set_input_files("#path input[type=file]", file)
+    expect(visitor.page.locator("#path-note")).to_contain_text("made from old.morph")
+    visitor.upload(TIGER, WOLF)
+    expect(visitor.page.locator("#path-note")).not_to_be_visible()
+    expect(visitor.page.locator("#path")).not_to_contain_text("old.morph")
+
+
+def test_by_keyboard_alone(visitor: Visitor) -> None:
+    """Where the focus is after Morph and at the end; names of the buttons; the defaults of the model and preset chosen."""
+    page = visitor.page
+    visitor.upload(TIGER, WOLF)
+    for name in ("Move later: picture 1", "Remove: picture 2"):
+        expect(page.get_by_role("button", name=name)).to_be_visible()
+    visitor.small(lora_steps=60)
+    page.focus("#morph")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("progressbar", name="Learn the pictures")).to_be_visible()
+    assert page.evaluate("document.activeElement.id") in ("cancel", "morph")
+    expect(page.locator("#status")).to_contain_text("Done in", timeout=60_000)
+    page.wait_for_function("document.activeElement.id === 'morph'")
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    page.get_by_label("As the paper").check()
+    expect(page.locator("#steps input")).to_have_attribute("placeholder", "50")
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_axe_finds_no_barrier(browser: Browser, server: Server, dark: bool) -> None:
+    """WCAG 2.2 A and AA, before and after a film."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
+    visitor = Visitor(browser, server, dark=dark)
+    rules = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}}
+
+    def barriers() -> list[str]:
+        found = axe.run(visitor.page, options=rules).response["violations"]
+        return [f"{each['id']}: {node['html'][:160]} {node['any'][:1]}" for each in found for node in each["nodes"]]
+
+    assert barriers() == []
+    visitor.upload(TIGER, WOLF)
+    visitor.small()
+    visitor.morph()
+    for title in ("Pacing and file", "Model and size", "The same film again"):
+        visitor.unfold(title)
+    visitor.page.wait_for_timeout(500)
+    assert barriers() == []
+    visitor.close()
+
+
+def test_the_film_comes_into_view_on_a_screen_of_middle_width(browser: Browser, server: Server) -> None:
+    visitor = Visitor(browser, server, width=820)
+    visitor.upload(TIGER, WOLF)
+    visitor.small()
+    visitor.morph()
+    visitor.page.wait_for_timeout(1200)  # it scrolls smoothly
+    box = visitor.page.locator("video.film").bounding_box()
+    assert box is not None and 0 <= box["y"] < 700
+    visitor.close()
 
 
 def test_a_second_run_with_other_sampling_settings_learns_nothing_anew(visitor: Visitor) -> None:
@@ -473,7 +589,7 @@ def test_saved_work_is_loaded_again(visitor: Visitor, tmp_path: Path) -> None:
     visitor.upload(PEAR, WOLF)
     visitor.small()
     visitor.morph()
-    expect(visitor.page.locator("a.download")).to_have_count(6)
+    expect(visitor.page.locator("a.download")).to_have_count(8)
     for link in visitor.page.locator("a.download").all():
         (tmp_path / (link.get_attribute("download") or "")).write_bytes(
             fetch(visitor.server.url + (link.get_attribute("href") or ""))

@@ -32,7 +32,7 @@ def downloads(film: Film) -> dict[str, Callable[[], Path]]:
                 save_lora(bank.lora(i), file)
         return _zip(film.folder / f"{film.name}-loras.zip", files)
 
-    kinds = {"mp4": film_as(".mp4"), "gif": film_as(".gif"), "webp": film_as(".webp"), "frames": frames}
+    kinds = {kind: film_as(f".{kind}") for kind in ("mp4", "gif", "webp", "webm", "mov")} | {"frames": frames}
     kinds["path"] = lambda: result.path.save(film.folder / f"{film.name}.morph")
     return kinds | ({"loras": loras} if result.path.bank else {})
 

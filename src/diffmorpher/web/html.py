@@ -29,6 +29,8 @@ DOWNLOADS = {
     "mp4": ("MP4", "film for players and social media"),
     "gif": ("GIF", "for chats and old web pages"),
     "webp": ("WebP", "smaller and finer than a GIF"),
+    "webm": ("WebM", "for web pages and free software"),
+    "mov": ("ProRes", "for editing"),
     "frames": ("Frames", "every frame as PNG, in a zip"),
     "path": ("Path", "to load again under “Start from saved work”"),
     "loras": ("LoRAs", "what was learnt of each picture, for any diffusers pipeline"),
@@ -46,7 +48,9 @@ def data_uri(picture: Image.Image, side: int | None = None) -> str:
 
 
 def thumbnail(picture: Image.Image, name: str) -> str:
-    return f'<img class="thumb" src="{data_uri(picture, 144)}" alt="{escape(name)}" title="{escape(name)}">'
+    said = escape(name)
+    title = f"{said}: drag it to its place"
+    return f'<img class="thumb" draggable="true" src="{data_uri(picture, 144)}" alt="{said}" title="{title}">'
 
 
 def note(text: str, kind: str = "info") -> str:
@@ -62,7 +66,7 @@ def progress(job: Job) -> str:
         return note(f"In line: {others} before yours. It starts by itself.")
     rows = []
     for stage, (done, total, began, moved) in list(job.stages.items()):
-        share = done / total if total else 0.0
+        name, percent = STAGES.get(stage, stage), 100 * done / total if total else 0.0
         spent = max(moved - began, 0.0)
         if done >= total:
             time = _seconds(spent)
@@ -72,9 +76,10 @@ def progress(job: Job) -> str:
             time = "…"
         count = f"{done:.0f} of {total:.0f}" if total > 1 else ""
         rows.append(
-            f'<div class="stage{" over" if done >= total else ""}"><span>{STAGES.get(stage, stage)}</span>'
+            f'<div class="stage{" over" if done >= total else ""}"><span>{name}</span>'
             f'<span class="count">{count}</span><span class="time">{time}</span>'
-            f'<div class="bar"><i style="width:{100 * share:.1f}%"></i></div></div>'
+            f'<div class="bar" role="progressbar" aria-label="{name}" aria-valuemin="0" aria-valuemax="100" '
+            f'aria-valuenow="{percent:.0f}"><i style="width:{percent:.1f}%"></i></div></div>'
         )
     return f'<div class="stages" role="status">{"".join(rows) or note("Starting …")}</div>'
 
@@ -129,8 +134,27 @@ def downloads(links: Mapping[str, tuple[str, Path]], waiting: Sequence[str] = ()
     return f'<div class="downloads">{"".join(pieces)}</div>'
 
 
-def chart(before: Sequence[float], after: Sequence[float]) -> str:
-    """The perceptual distance of each gap between frames, before and after rescheduling: flat means even speed."""
+def films(earlier: Sequence[tuple[str, str, Image.Image, str, str]]) -> str:
+    """Films of the visit, the last made first. earlier: (url, name, poster, a few words, url of the recipe or "") of each."""
+    cards = [
+        f'<figure class="earlier"><video src="{escape(url)}" poster="{data_uri(poster, 320)}" controls loop muted playsinline '
+        f'preload="none" title="{escape(name)}"></video><figcaption><b>{escape(name)}</b> {escape(about)}<br>'
+        f'<a href="{escape(url)}" download="{escape(name)}.mp4">MP4</a>'
+        + (f' <a href="{escape(recipe)}" download="{escape(name)}.toml">Recipe</a>' if recipe else "")
+        + "</figcaption></figure>"
+        for url, name, poster, about, recipe in reversed(earlier)
+    ]
+    return f'<h2>Films of this visit</h2><div class="films">{"".join(cards)}</div>' if cards else ""
+
+
+def expectation(length: float, seconds: float | None) -> str:
+    """What the button will make, and in what time."""
+    takes = "" if seconds is None else f"; about {_seconds(seconds)} to make, less where something is known already"
+    return f'<p class="expectation" role="status">A film of {length:.1f} s{takes}.</p>'
+
+
+def chart(before: Sequence[float], after: Sequence[float], ghost: float | None = None) -> str:
+    """The perceptual distance of each gap between frames, before and after rescheduling: flat means even speed; the ghost."""
     width, height, left, top, bottom = 480, 150, 36, 10, 24
     highest = max([*before, *after, 1e-9])
     gaps = len(after)
@@ -142,6 +166,7 @@ def chart(before: Sequence[float], after: Sequence[float]) -> str:
 
     lines = f'<polyline class="before" points="{points(before)}"/>' if before else ""
     lines += f'<polyline class="after" points="{points(after)}"/>'
+    faded = "" if ghost is None else f"<br>Ghost {ghost:.2f}: 0 is new pictures in the middle, 1 a cross-fade."
     floor = height - bottom
     legend = '<span class="key after"></span>this film' + (
         '<span class="key before"></span>with evenly spaced positions' if before else ""
@@ -154,6 +179,7 @@ def chart(before: Sequence[float], after: Sequence[float]) -> str:
         f'<text x="{left - 5}" y="{floor}" text-anchor="end">0</text>'
         f'<text x="{left}" y="{height - 8}">first gap</text>'
         f'<text x="{width - 8}" y="{height - 8}" text-anchor="end">gap {gaps}</text>{lines}</svg>'
-        f"<figcaption>How much changes from frame to frame (perceptual distance): flat is even speed. {legend}</figcaption>"
+        "<figcaption>How much changes from frame to frame (perceptual distance): flat is even speed. "
+        f"{legend}{faded}</figcaption>"
         "</figure>"
     )

@@ -6,102 +6,71 @@ of his job and may cancel it, which stops it within one step.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import shutil
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from ..cluster.maker import Model, fit_key, path_options
 from ..config import stretches_and_gaps
 from ..errors import ConfigError, DiffMorpherError, ImageError, UserError
-from ..files.films import read_settings
-from ..files.pictures import image_hash, load_image
-from ..gather import same_neighbours
-from ..models.catalog import check_model
+from ..files.atomic import file_hash
+from ..files.pictures import said_cut
+from ..files.sound import read_sound
+from ..models.catalog import check_model, look_up
 from ..progress import ProgressCallback
 from ..recipe import Recipe, film_name
+from .checks import MAX_FILE_BYTES, check_bytes, check_picture, of_pictures, with_pictures
+from .estimate import Speed
 from .line import Job, Line, Work
-from .settings import MAX_PICTURES, MAX_PROMPT, different_names
+from .settings import MAX_PICTURES, check_frames, chosen, different_names
+from .visits import Film, Picture, Session
 
 if TYPE_CHECKING:
     from ..files.loras import Lora
     from ..morpher import Morpher
     from ..path import MorphPath
-    from ..result import MorphResult
 
-#: Limits of a picture on the page, and of a path or LoRA file.
-MAX_PICTURE_BYTES, MAX_PICTURE_PIXELS, MAX_FILE_BYTES = 25 * 2**20, 50_000_000, 256 * 2**20
+__all__ = ["Film", "Session", "Studio", "explain", "figures"]
+
 #: Prepared paths that are kept, the last used ones.
 KEPT_PATHS = 4
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A visitor's picture: the name it came with, and the copy in the visitor's folder."""
-
-    name: str
-    file: Path
-
-
-@dataclass
-class Film:
-    """What a visitor's last run left: the frames, the path to sample more from, the files to download."""
-
-    result: MorphResult
-    recipe: Recipe
-    name: str
-    command: str
-    folder: Path
-    seconds: float = 0.0
-
-    @property
-    def video(self) -> Path:
-        return self.folder / f"{self.name}.mp4"
-
-    @property
-    def metadata(self) -> dict[str, object]:
-        """The settings as anyone reads them from the film."""
-        return read_settings(self.video) or {}
-
-
-@dataclass
-class Session:
-    """One visitor. The folder's name is secret: whoever knows it can read what lies in it."""
-
-    folder: Path
-    pictures: list[Picture] = field(default_factory=list)
-    jobs: dict[str, Job] = field(default_factory=dict)  # the last one of each kind: "morph", "frame"
-    film: Film | None = None
-    uploads: list[Path] = field(default_factory=list)
-    closed: bool = False
-    _films: int = 0
-
-    def new_folder(self) -> Path:
-        self._films += 1
-        folder = self.folder / f"film-{self._films}"
-        folder.mkdir(parents=True)
-        return folder
+#: Films of a visit that can be watched and downloaded, beside the last one.
+KEPT_FILMS = 12
+#: Visitors whose page is gone and who may come back.
+KEPT_VISITS = 8
 
 
 class Studio:
     """One process's visitors, model and prepared paths. root: a folder of its own, emptied by `close`."""
 
-    def __init__(self, root: Path, models: set[str] | None = None) -> None:
-        """models: the only ones that visitors may choose; None for any that can be loaded."""
-        self.root, self.line, self._models = root, Line(), models
+    def __init__(
+        self,
+        root: Path,
+        models: set[str] | None = None,
+        line: Line | None = None,
+        model: Model | None = None,
+        keep: float = 0.0,
+    ) -> None:
+        """models: the only ones that visitors may choose; None for any that can be loaded. line, model: those of others who
+        work in this process. keep: how long a visit is kept, in seconds, after its page was left or loaded anew."""
+        self.keep = keep
+        self.root, self.line, self._models = root, line or Line(), models
+        self.model = model or Model()
+        self.model.leaving.append(self._let_go)
+        self.speed = Speed()
         self.own = Session(root)  # holds what must stay
         self._sessions: dict[str, Session] = {}
+        self._tokens: dict[str, str] = {}  # of browsers' tabs, to the key of the visitor there
         self._uploads: Counter[Path] = Counter()  # files of the upload folder, by how many visitors hold them
         self._lock = threading.Lock()
-        self._morpher: Morpher | None = None
-        self._model = ""
         self._paths: OrderedDict[str, MorphPath] = OrderedDict()
 
     # ---- visitors
@@ -115,13 +84,45 @@ class Studio:
                 self._sessions[key] = Session(folder)
             return self._sessions[key]
 
+    def leave(self, key: str) -> None:
+        """The visitor's page is gone; what is his goes in a while, unless he comes back. Programs do not."""
+        with self._lock:
+            session = self._sessions.get(key)
+            away = [other for other, each in self._sessions.items() if each.ending is not None]
+            stays = session is not None and self.keep > 0 and key in self._tokens.values()
+            if session is not None and stays:
+                session.ending = threading.Timer(self.keep, self.end, [key])
+                session.ending.daemon = True
+                session.ending.start()
+        if not stays:
+            self.end(key)
+        elif len(away) >= KEPT_VISITS:
+            self.end(away[0])
+
+    def come_back(self, key: str, token: str) -> Session:
+        """The visitor of that key; whoever had the same token before is he. token: what only his browser knows."""
+        with self._lock:
+            before = self._tokens.get(token)
+            if before is not None and before in self._sessions and before != key and token:
+                session = self._sessions.pop(before)
+                if session.ending is not None:
+                    session.ending.cancel()
+                    session.ending = None
+                self._sessions[key] = session
+            if token:
+                self._tokens[token] = key
+        return self.session(key)
+
     def end(self, key: str) -> None:
         """Cancel the visitor's job and remove all files of his."""
         with self._lock:
             session = self._sessions.pop(key, None)
+            self._tokens = {token: other for token, other in self._tokens.items() if other != key}
         if session is None:
             return
         session.closed = True
+        if session.ending is not None:
+            session.ending.cancel()
         for job in session.jobs.values():
             job.cancel()
         shutil.rmtree(session.folder, ignore_errors=True)
@@ -165,18 +166,13 @@ class Studio:
 
     def load(self, model: str) -> Morpher:
         """The model, loaded once; another one takes its place. To be called by a job alone. Raises `ModelError`."""
-        if self._morpher is None or self._model != model:
-            from ..morpher import Morpher
-            from ..progress import quiet_bars
+        return self.model.load(Recipe(model=model))
 
-            quiet_bars()
-            self._paths.clear()
-            for session in list(self._sessions.values()):
-                if session.film is not None:
-                    session.film = None  # its path holds the old model, and two may not fit into memory
-            self._morpher = None
-            self._morpher, self._model = Morpher.from_pretrained(model), model
-        return self._morpher
+    def _let_go(self) -> None:
+        """Of what holds the model."""
+        self._paths.clear()
+        for session in list(self._sessions.values()):
+            session.film = None
 
     def check_model(self, model: str) -> None:
         """Raises `ConfigError` for a model that may not be chosen here, `ModelError` for what is none."""
@@ -184,9 +180,15 @@ class Studio:
             raise ConfigError(f"the model {model!r} cannot be chosen here; take one of {', '.join(self._models)}.")
         check_model(model)
 
+    def recipe(self, values: Mapping[str, Any]) -> Recipe:
+        """The recipe of a page's fields, with what its model recommends. Raises `UserError`."""
+        recipe = chosen(values)
+        self.check_model(recipe.model)
+        return chosen(values) if look_up(recipe.model) else recipe
+
     def warm_up(self, model: str = "mini") -> None:
         """Load the model before anyone waits for it, unless somebody is quicker."""
-        self.line.submit(lambda _: self._morpher or self.load(model))
+        self.line.submit(lambda _: self.model.morpher or self.load(model))
 
     # ---- jobs
 
@@ -199,52 +201,61 @@ class Studio:
         *,
         loras: Sequence[Path] = (),
         path_file: Path | None = None,
+        audio: Path | None = None,
     ) -> Job:
         """Put a film into the line; what cannot work is said at once. The result is a `Film`. Raises `UserError`."""
         self.check_model(recipe.model)
         if loras and recipe.fit is None:
             raise ConfigError("LoRA files and a film without LoRA contradict each other: leave one out.")
         images: list[Image.Image] = []
+        for file in filter(None, (*loras, path_file, audio)):
+            check_bytes(file, MAX_FILE_BYTES)
+        if audio is not None:
+            read_sound(audio, 0.1)
+            recipe = replace(recipe, audio=audio.name, audio_hash=file_hash(audio))
+        recipe.check_sound()
         if path_file is None:
             names = different_names([picture.name for picture in pictures])
-            recipe = replace(
-                recipe,
-                pictures=tuple(names),
-                prompts=tuple(" ".join(prompt.split())[:MAX_PROMPT] for prompt in prompts),
-                loras=tuple(lora.name for lora in loras),
-            )
-            recipe.check()
-            images = [load_image(picture.file) for picture in pictures]
-            hashes = tuple(image_hash(image) for image in images)
-            if same := same_neighbours(hashes, recipe.loop):
-                one, other = (pictures[i].name for i in same)
-                raise ImageError(f"{one!r} and {other!r} are the same picture: give two that differ.")
-            recipe = replace(recipe, picture_hashes=hashes)
-        for file in (*loras, *([path_file] if path_file else [])):
-            _check_bytes(file, MAX_FILE_BYTES)
+            recipe = of_pictures(replace(recipe, loras=tuple(lora.name for lora in loras)), names, prompts)
+            recipe, images = with_pictures(recipe, [each.name for each in pictures], [each.file for each in pictures])
 
         def work(progress: ProgressCallback) -> Film:
             started = time.monotonic()
             progress("load", 0, 1)
             morpher = self.load(recipe.model)
             progress("load", 1, 1)
+            before, made_of = session.film, _frames_key(recipe, images, path_file, loras, audio)
             if path_file is not None:
                 path, name, command = _load_path(path_file, morpher, recipe), path_file.stem, ""
             else:
                 path = self._prepare(morpher, recipe, images, loras, progress)
                 name, command = film_name(recipe.pictures), recipe.command()
-            path.settings |= {"fps": recipe.fps, "ping_pong": recipe.ping_pong}
-            result = morpher.film(path, recipe.frames, recipe.sample, recipe.schedule, progress)
+            path.settings = recipe.about_film(path.settings)
+            count = recipe.frame_count(path.num_images)
+            sound: dict[str, Any] = {"audio": str(audio)} if audio else {}
+            again = before is not None and before.made_of == made_of
+            if before is not None and again:
+                result = replace(before.result, path=path)
+            else:
+                pace = replace(recipe, **sound).pace(count)
+                result = morpher.film(path, count, recipe.sample, recipe.schedule, progress, pace=pace)
+            result.settings = recipe.about_film(result.settings) | sound
             progress("save", 0, 1)
-            film = Film(result, recipe, name, command, session.new_folder())
+            film = Film(result, recipe, name, command, session.new_folder(), made_of=made_of, again=again)
+            film.cut = said_cut(recipe.pictures, images, result.frames[0].size) if recipe.resize == "crop" else ""
             result.save(film.video)
             progress("save", 1, 1)
             film.seconds = time.monotonic() - started
             if session.closed:
                 shutil.rmtree(session.folder, ignore_errors=True)
             elif session.film:
-                shutil.rmtree(session.film.folder, ignore_errors=True)
+                session.earlier = [*session.earlier, session.film.kept()][-KEPT_FILMS:]
+                for folder in set(session.folder.glob("film-*")) - {each.video.parent for each in session.earlier}:
+                    if folder != film.folder:
+                        shutil.rmtree(folder, ignore_errors=True)
             session.film = film
+            if not again:
+                self.speed.learn(recipe, result.unet_rows, result.seconds["schedule"] + result.seconds["sample"])
             return film
 
         return self._start(session, "morph", work)
@@ -282,21 +293,11 @@ class Studio:
         from ..files.loras import load_lora
 
         loaded: list[Lora] | None = [load_lora(file) for file in loras] or None
-        digests = tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in loras)
-        parts = (recipe.model, recipe.fit, recipe.size, recipe.resize, recipe.seed)
-        key = repr((parts, recipe.picture_hashes, recipe.prompts, digests))
+        digests = tuple(map(file_hash, loras))
+        key = repr((fit_key(replace(recipe, loras=())), digests))
         if key not in self._paths:
-            self._paths[key] = morpher.prepare(
-                images,
-                recipe.prompts,
-                loaded,
-                recipe.fit,
-                recipe.seed,
-                size=recipe.size,
-                resize=recipe.resize,
-                steps=recipe.sample.steps,
-                progress=progress,
-            )
+            options = path_options(recipe) | {"loras": loaded, "loop": False}
+            self._paths[key] = morpher.prepare(images, steps=recipe.sample.steps, progress=progress, **options)
             while len(self._paths) > KEPT_PATHS:
                 self._paths.popitem(last=False)
         self._paths.move_to_end(key)
@@ -307,27 +308,14 @@ class Studio:
         return replace(path, loop=recipe.loop, settings=path.settings | about, sample_config=morpher.spec.sample)
 
 
-def check_picture(file: Path) -> None:
-    """Raises `ImageError` for what cannot be morphed, naming the picture as the visitor knows it."""
-    try:
-        _check_bytes(file, MAX_PICTURE_BYTES)
-        try:
-            with Image.open(file) as image:
-                pixels = image.width * image.height
-        except Exception:
-            pixels = 0  # load_image says why
-        if pixels > MAX_PICTURE_PIXELS:
-            raise ImageError(f"Picture {file.name!r} has {pixels / 1e6:.0f} megapixels: at most 50 can be used here.")
-        load_image(file)
-    except ImageError as error:
-        raise ImageError(str(error).replace(repr(str(file)), repr(file.name))) from error
-
-
-def _check_bytes(file: Path, most: int) -> None:
-    if file.stat().st_size > most:
-        raise ImageError(
-            f"{file.name!r} has {file.stat().st_size / 2**20:.0f} MB: at most {most // 2**20} MB are taken."
-        )
+def _frames_key(
+    recipe: Recipe, images: Sequence[Image.Image], path_file: Path | None, loras: Sequence[Path], audio: Path | None
+) -> str:
+    """Of all that a film's frames depend on: what is left out says how they are played."""
+    count = (recipe.frames, recipe.seconds, recipe.fps) if path_file else recipe.frame_count(len(images))
+    beat = (recipe.fps, recipe.reverse, file_hash(audio)) if audio is not None and recipe.beat else None
+    files = [file_hash(file) for file in (*loras, *filter(None, [path_file]))]
+    return repr((fit_key(replace(recipe, loras=())), files, recipe.sample, recipe.schedule, recipe.loop, count, beat))
 
 
 def _load_path(file: Path, morpher: Morpher, recipe: Recipe) -> MorphPath:
@@ -337,7 +325,10 @@ def _load_path(file: Path, morpher: Morpher, recipe: Recipe) -> MorphPath:
         path = MorphPath.load(file, morpher)
     except UserError as error:
         raise type(error)(str(error).replace(str(file), file.name)) from error
-    stretches_and_gaps(recipe.frames, path.num_images, recipe.loop)
+    count = recipe.frame_count(path.num_images)
+    check_frames(count)
+    stretches_and_gaps(count, path.num_images, recipe.loop)
+    recipe.schedule.check_images(path.num_images, recipe.loop)
     return replace(path, loop=recipe.loop, settings=path.settings | {"loop": recipe.loop})
 
 
@@ -347,9 +338,11 @@ def figures(film: Film) -> dict[str, Any]:
     return {
         "frames": len(result.frames),
         "alphas": result.alphas,
+        "times": result.times,
         "distances": result.distances,
         "ppl": result.ppl,
         "pdv": result.pdv,
+        "ghost": result.ghost,
         "settings": film.metadata,
     }
 

@@ -1,4 +1,7 @@
-"""The line of jobs behind the web page: one at a time, each with its progress, each to be cancelled within one step."""
+"""The line of jobs behind the page and the HTTP service, one at a time, each to be cancelled within one step.
+
+Where one process is both, they have one line, so that films are made in the order in which they were asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 from ..errors import Cancelled, DiffMorpherError
 
-#: Jobs that may wait.
+#: Jobs of the page's that may wait.
 LONGEST_LINE = 20
 
 #: `work(progress)`; progress(stage, done, total) raises `Cancelled` once the job is cancelled.
@@ -77,11 +80,11 @@ class Line:
         self._changed = threading.Condition()
         threading.Thread(target=self._serve, daemon=True, name="diffmorpher jobs").start()
 
-    def submit(self, work: Work) -> Job:
-        """Raises `DiffMorpherError` if too many wait already."""
+    def submit(self, work: Work, most: float = LONGEST_LINE) -> Job:
+        """Raises `DiffMorpherError` if so many wait already."""
         job = Job(self, work)
         with self._changed:
-            if len(self._waiting) >= LONGEST_LINE:
+            if len(self._waiting) >= most:
                 raise DiffMorpherError("Too many people are waiting: try again in a few minutes.")
             self._waiting.append(job)
             self._changed.notify()

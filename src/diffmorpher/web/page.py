@@ -10,7 +10,7 @@ import inspect
 import os
 import signal
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from ..models.catalog import ASSETS
 from ..progress import say
 from ..recipe import Recipe
 from . import html
-from .jobs import MAX_FILE_BYTES, Studio, explain, figures
+from .checks import MAX_FILE_BYTES
+from .estimate import length
+from .jobs import Studio, explain, figures
 from .line import Job
-from .panel import models, settings_panel
+from .panel import models, placeholders, settings_panel
 from .parts import LOOK, Pictures, Result, Updates, key_of, quietly
 from .settings import MAX_PICTURES, chosen, fields_of
 
@@ -47,6 +49,14 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
 }
+
+
+#: Gives a tab of the browser a name that survives loading the page anew, and that nobody else knows.
+_TOKEN = """() => {
+    const made = () => [...crypto.getRandomValues(new Uint8Array(24))].map((x) => x.toString(16).padStart(2, '0')).join('');
+    if (!sessionStorage.getItem('visit')) sessionStorage.setItem('visit', made());
+    return [sessionStorage.getItem('visit')];
+}"""
 
 
 class Guard:
@@ -80,13 +90,16 @@ class Guard:
             await PlainTextResponse("Not found", 404)(scope, receive, send)
 
 
-def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str, str] | None) -> None:
+def serve(
+    root: Path, host: str, port: int | None, share: bool, auth: tuple[str, str] | None, keep: float = 0.0
+) -> None:
     """Serve the page until it is stopped. Raises `UserError` for a port that is taken.
 
-    root: an empty folder for all temporary files; the uploads in it are where the environment's GRADIO_TEMP_DIR says.
+    root: an empty folder for all temporary files; the uploads in it are where the environment's GRADIO_TEMP_DIR says. keep: how
+    long a visit is kept after its page was left, in seconds.
     """
     typed_models = auth is not None or (host in _LOCAL and not share)
-    studio = Studio(root, None if typed_models else {name for _, name in models(False)})
+    studio = Studio(root, None if typed_models else {name for _, name in models(False)}, keep=keep)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -102,19 +115,7 @@ def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str,
                 auth=auth,
                 prevent_thread_lock=True,
                 quiet=True,
-                theme=_theme(),
-                css_paths=_HERE / "page.css",
-                head_paths=_HERE / "head.html",
-                favicon_path=ASSETS / "demo" / "fox-face.png",
-                max_file_size=MAX_FILE_BYTES,
-                allowed_paths=[str(root / "sessions")],
-                app_kwargs={"middleware": [Middleware(Guard)]},
-                footer_links=[],
-                run_history=False,  # it would keep visitors' pictures in the browser
-                enable_monitoring=False,
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
+                **_served(root),
             )
         except OSError as error:
             where = f"port {port}" if port else "every port from 7860 on"
@@ -126,6 +127,34 @@ def serve(root: Path, host: str, port: int | None, share: bool, auth: tuple[str,
     finally:
         studio.close()
         page.close(verbose=False)
+
+
+def mount(app: Any, studio: Studio, path: str, auth: Callable[[str, str], bool] | None) -> None:
+    """Put the page into another app, under `path`; auth: whether a name and a password may see it, None for everyone."""
+    page = build(studio, typed_models=True)
+    for file in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"):
+        studio.hold(studio.own, file)
+    gr.mount_gradio_app(app, page, path, auth=auth, **_served(studio.root))
+    studio.warm_up()
+
+
+def _served(root: Path) -> dict[str, Any]:
+    """How gradio serves the page, wherever it does."""
+    return {
+        "theme": _theme(),
+        "css_paths": _HERE / "page.css",
+        "head_paths": _HERE / "head.html",
+        "favicon_path": str(ASSETS / "demo" / "fox-face.png"),
+        "max_file_size": MAX_FILE_BYTES,
+        "allowed_paths": [str(root / "sessions")],
+        "app_kwargs": {"middleware": [Middleware(Guard)]},
+        "footer_links": [],
+        "run_history": False,  # it would keep visitors' pictures in the browser
+        "enable_monitoring": False,
+        "ssr_mode": False,
+        "pwa": False,
+        "mcp_server": False,
+    }
 
 
 def _announce(url: str, public: str | None, host: str, login: bool) -> None:
@@ -148,6 +177,20 @@ def _theme() -> gr.themes.Base:
         radius_size=gr.themes.sizes.radius_md,
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
+    ).set(  # gradio's own fall short of a contrast of 4.5 to 1
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_dark="*primary_600",
+        button_cancel_background_fill="#b91c1c",
+        button_cancel_background_fill_dark="#b91c1c",
+        button_cancel_text_color="white",
+        button_cancel_text_color_dark="white",
     )
 
 
@@ -159,31 +202,37 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             result = Result(studio)
             with gr.Column(elem_id="left"):
                 pictures = Pictures(studio)
-                settings, loras, path_file, film, film_note = settings_panel(typed_models, result.buttons)
+                settings, audio, loras, path_file, path_note, film, film_note = settings_panel(
+                    typed_models, result.buttons
+                )
             with gr.Column(elem_id="right"):
                 result.film()
 
         async def on_morph(request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
             session = studio.session(key_of(request))
-            prompts, (lora_files, path), sent = (
+            prompts, (sound, lora_files, path), sent = (
                 values[:MAX_PICTURES],
-                values[MAX_PICTURES:][:2],
-                values[MAX_PICTURES:][2:],
+                values[MAX_PICTURES:][:3],
+                values[MAX_PICTURES:][3:],
             )
 
+            session.prompts = [prompt or "" for prompt in prompts]
+            session.values = dict(zip(settings, sent, strict=True))
+
             def start() -> Job:
-                for file in [*(lora_files or []), *([path] if path else [])]:
+                for file in [*(lora_files or []), *filter(None, (sound, path))]:
                     studio.hold(session, Path(file))
                 return studio.morph(
                     session,
-                    chosen(dict(zip(settings, sent, strict=True))),
+                    studio.recipe(dict(zip(settings, sent, strict=True))),
                     list(session.pictures),
                     [prompt or "" for prompt in prompts[: len(session.pictures)]],
                     loras=[Path(file) for file in lora_files or []],
                     path_file=Path(path) if path else None,
+                    audio=Path(sound) if sound else None,
                 )
 
-            async for update in result.follow(start):
+            async for update in result.follow(start, session):
                 yield update
 
         def on_film(request: gr.Request, file: str | None) -> Updates:
@@ -199,7 +248,11 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
                 text = explain(type(error)(str(error).replace(file, Path(file).name)))
                 return {film_note: gr.update(value=html.note(text, "error"), visible=True)}
             text = f"The settings are those of {Path(file).name}."
-            for what, files in (("pictures", recipe.pictures), ("LoRA files", recipe.loras)):
+            for what, files in (
+                ("pictures", recipe.pictures),
+                ("LoRA files", recipe.loras),
+                ("sound", (recipe.audio,) if recipe.audio else ()),
+            ):
                 text += f" Add its {what}: {' and '.join(Path(name).name for name in files)}." if files else ""
             text += f" The page has no field for {', '.join(missing)}: not taken over." if missing else ""
             texts = [*recipe.prompts, *[""] * MAX_PICTURES][:MAX_PICTURES]
@@ -213,7 +266,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
 
         run = result.morph.click(
             on_morph,
-            [*pictures.prompts, loras, path_file, *settings.values()],
+            [*pictures.prompts, audio, loras, path_file, *settings.values()],
             result.outputs,
             show_progress="hidden",
             concurrency_limit=None,
@@ -222,8 +275,73 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
         result.after(run)
         _api(studio, settings)
 
+        for event in pictures.added:  # the pictures that were added last are what the film is made of
+            event.then(lambda: (None, gr.update(visible=False)), None, [path_file, path_note], **quietly())
+        path_file.change(
+            lambda file: gr.update(
+                value=html.note(
+                    f"The film will be made from {Path(file).name}, not from the pictures above." if file else ""
+                ),
+                visible=file is not None,
+            ),
+            path_file,
+            path_note,
+            **quietly(),
+        )
+        model_own = placeholders("", "")
+        for field in ("model", "preset"):
+            settings[field].change(
+                lambda model, preset: [
+                    gr.update(placeholder=text) for text in placeholders(model or "", preset).values()
+                ],
+                [settings["model"], settings["preset"]],
+                [settings[name] for name in model_own],
+                **quietly(),
+            )
+
+        def expect(request: gr.Request, *sent: Any) -> str:
+            """How long the film will be, and how long it will take; nothing where the settings make none."""
+            count = len(studio.session(key_of(request)).pictures)
+            try:
+                recipe = chosen(dict(zip(settings, sent, strict=True)))
+                return html.expectation(length(recipe, count), studio.speed.seconds(recipe, count)) if count > 1 else ""
+            except UserError:
+                return ""
+
+        every = [part for name, part in settings.items() if name != "fix_lora"]
+        for event in [*(part.change for part in every)]:
+            event(expect, [*settings.values()], result.expected, **quietly(trigger_mode="always_last"))
+        for added in [*pictures.added, *pictures.moved, run]:
+            added.then(expect, [*settings.values()], result.expected, **quietly())
+
+        async def on_return(request: gr.Request, token: str) -> AsyncIterator[Updates]:
+            session = studio.come_back(key_of(request), token)
+            if not session.values and not session.pictures:
+                yield {result.status: gr.skip()}  # to yield nothing would empty every field
+                return
+            yield {
+                **pictures.again(session),
+                **{settings[name]: value for name, value in session.values.items()},
+            }
+            job = session.jobs.get("morph")
+            if job is not None and not job.done.is_set():
+                async for update in result.follow(lambda: job, session):
+                    yield update
+            elif session.film is not None:
+                yield result.again(session.film, session)
+
+        token = gr.Textbox(visible=False)
+        back = page.load(
+            on_return,
+            token,
+            [*pictures.outputs, *settings.values(), *result.outputs],
+            js=_TOKEN,
+            **quietly(queue=True, concurrency_limit=None),
+        )
+        result.after(back)
+
         def leave(request: gr.Request) -> None:
-            studio.end(key_of(request))
+            studio.leave(key_of(request))
 
         page.unload(leave)
     page.queue(default_concurrency_limit=None)
@@ -248,7 +366,7 @@ def _api(studio: Studio, settings: dict[str, Any]) -> None:
                 studio.add_picture(session, Path(image))
             return studio.morph(
                 session,
-                chosen(dict(zip(settings, sent, strict=True))),
+                studio.recipe(dict(zip(settings, sent, strict=True))),
                 session.pictures,
                 list(map(str, texts)),
             )

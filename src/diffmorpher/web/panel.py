@@ -12,7 +12,7 @@ import gradio as gr
 from ..files.films import FORMATS
 from ..models.catalog import CATALOG, cached_models
 from ..recipe import Recipe
-from ..settings import BY_NAME, PRESETS
+from ..settings import BY_NAME, PRESETS, Setting
 from .settings import LEAST_FPS, MOST, NAMES, shown
 
 
@@ -34,10 +34,15 @@ _SLIDERS = {
     "attention_lambda": (0, 1, 0.05),
     "guidance": (1, MOST["guidance"], 0.5),
 }
-_CHOICES = {"resize": [("Crop", "crop"), ("Pad with white", "pad")]}
+_CHOICES = {
+    "resize": [("Crop", "crop"), ("Pad with white", "pad"), ("Pad with blur", "blur")],
+    "ease": [("Even", "linear"), ("Slow start", "in"), ("Slow end", "out"), ("Both", "in-out")],
+    "quality": [("Small files", "small"), ("Good", "good"), ("Best", "best")],
+}
 #: The folded sections below the button, and the pairs of fields in them.
 _SECTIONS = {
-    "Model and size": [["model"], ["size", "resize"], ["seed"]],
+    "Pacing and file": [["seconds", "hold"], ["stretch", "ease"], ["reverse", "quality"]],
+    "Model and size": [["model"], ["size", "resize"], ["focus", "seed"]],
     "Learning the pictures (LoRA)": [["no_lora"], ["lora_steps", "lora_rank"], ["lora_lr", "fix_lora"]],
     "Making the frames": [["steps", "attention_lambda"], ["adain", "reschedule"], ["guidance"]],
 }
@@ -46,8 +51,8 @@ _PLAIN = Recipe()
 
 def settings_panel(
     typed_models: bool, run: Callable[[], None]
-) -> tuple[dict[str, Any], gr.File, gr.File, gr.File, gr.HTML]:
-    """All settings by name, those that few need folded away below the button that `run` makes; LoRA files; a path; a film."""
+) -> tuple[dict[str, Any], gr.File, gr.File, gr.File, gr.HTML, gr.File, gr.HTML]:
+    """All settings by name, most folded away below the button that `run` makes; files of a sound, LoRAs, a path, a film."""
     parts: dict[str, Any] = {}
 
     def add(rows: list[list[str]]) -> None:
@@ -70,7 +75,33 @@ def settings_panel(
         for title, rows in _SECTIONS.items():
             with gr.Accordion(title, open=False):
                 add(rows)
-        return ({name: parts[name] for name in NAMES}, *_saved_work())
+        with gr.Accordion("Sound", open=False):
+            audio = gr.File(
+                label="A sound under the film: wav, mp3, flac, ogg, m4a",
+                file_types=["audio", ".m4a"],
+                height=110,
+                elem_id="audio",
+            )
+            add([["beat"]])
+        return ({name: parts[name] for name in NAMES}, audio, *_saved_work())
+
+
+def placeholders(model: str, preset: str) -> dict[str, str]:
+    """What an empty field stands for, by name, with that model and preset."""
+    recipe = _PLAIN.changed(**({"model": model} if model else {}), **({preset: True} if preset in PRESETS else {}))
+    fields = [name for name in NAMES if _is_text(name)]
+    return {name: _stands_for(BY_NAME[name], recipe) for name in fields}
+
+
+def _is_text(name: str) -> bool:
+    plain = name in ("model", "preset", "seed") or BY_NAME[name].is_switch
+    return not plain and name not in _SLIDERS and name not in _CHOICES
+
+
+def _stands_for(each: Setting, recipe: Recipe) -> str:
+    own = each.get(recipe)
+    nothing = {"hold": "none", "focus": "center"}
+    return each.unset or ("interpolated" if own is None else each.said(own) or nothing.get(each.name, ""))
 
 
 def _field(name: str, typed_models: bool) -> Any:
@@ -85,19 +116,23 @@ def _field(name: str, typed_models: bool) -> Any:
         return gr.Checkbox(value, **common)
     if name in _SLIDERS:
         least, most, step = _SLIDERS[name]
+        if name == "frames":
+            common["info"] += f" At most {most} here; the command line takes more."
         return gr.Slider(least, most, value, step=step, **common)
     if name in _CHOICES:
         return gr.Radio(_CHOICES[name], value=value, **common)
     if name == "seed":
         return gr.Number(value, precision=0, **common)
+    if name == "focus":
+        common["info"] = (
+            "What a crop has in its middle: center, or X,Y in shares such as 0.5,0.3; one for all, or one each with ; between."
+        )
     # Text, as a number field cannot be left empty.
     common["info"] += " Empty: the model's own." if each.is_model_own or each.unset else ""
-    own = each.get(_PLAIN)
-    placeholder = each.unset or ("interpolated" if own is None else each.said(own))
-    return gr.Textbox(value, placeholder=placeholder, max_lines=1, **common)
+    return gr.Textbox(value, placeholder=_stands_for(each, _PLAIN), max_lines=1, **common)
 
 
-def _saved_work() -> tuple[gr.File, gr.File, gr.File, gr.HTML]:
+def _saved_work() -> tuple[gr.File, gr.File, gr.HTML, gr.File, gr.HTML]:
     """Files of earlier runs: LoRAs, a path, a film."""
     with gr.Accordion("Start from saved work", open=False):
         loras = gr.File(
@@ -108,6 +143,7 @@ def _saved_work() -> tuple[gr.File, gr.File, gr.File, gr.HTML]:
             elem_id="loras",
         )
         path = gr.File(label="A path file: needs no pictures", file_types=[".morph"], height=110, elem_id="path")
+        path_note = gr.HTML(visible=False, elem_id="path-note")
         film = gr.File(
             label="Start from a film: its settings fill the form",
             file_types=[*FORMATS, ".toml"],
@@ -115,4 +151,4 @@ def _saved_work() -> tuple[gr.File, gr.File, gr.File, gr.HTML]:
             elem_id="start",
         )
         note = gr.HTML(visible=False, elem_id="start-note")
-    return loras, path, film, note
+    return loras, path, path_note, film, note

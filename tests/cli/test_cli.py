@@ -6,10 +6,14 @@ import json
 import os
 import pickle
 import re
+import resource
+import shlex
 import signal
 import struct
 import subprocess
 import sys
+import time
+import wave
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,10 +25,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffmorpher.cli import signals
 from diffmorpher.cli.app import DEMO, _explain
+from diffmorpher.cli.terminal import StageBars
 from diffmorpher.config import FitConfig, SampleConfig, ScheduleConfig
-from diffmorpher.errors import ConfigError
-from diffmorpher.files.films import read_settings
+from diffmorpher.errors import ConfigError, OutputError
+from diffmorpher.files.films import read_settings, save_film
 from diffmorpher.files.loras import load_lora
 from diffmorpher.models.catalog import ASSETS, CATALOG
 from diffmorpher.settings import MAX_FRAMES, parse_size
@@ -56,7 +62,21 @@ def test_morph_writes_everything_asked_for_and_prints_one_json_object(tmp_path: 
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert list(figures) == [
-        *("output", "frames", "alphas", "distances", "ppl", "pdv", "seconds", "unet_rows", "model", "device", "seed"),
+        *(
+            "output",
+            "frames",
+            "alphas",
+            "times",
+            "distances",
+            "ppl",
+            "pdv",
+            "ghost",
+            "seconds",
+            "unet_rows",
+            "model",
+            "device",
+            "seed",
+        ),
         "settings",
     ]
     assert figures["settings"] == read_settings(tmp_path / "films/a.mp4")
@@ -82,7 +102,7 @@ def test_morph_writes_everything_asked_for_and_prints_one_json_object(tmp_path: 
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert lines[3:6] == ["Wrote films/a.mp4", "Wrote frames", "Wrote paths/a.morph"]
     assert lines[6].split() == ["load", *STAGES, "save", "total"]
-    assert re.fullmatch(r"3 frames, 38 U-Net rows, PPL [\d.]+, PDV [\de.+-]+", lines[-1])
+    assert lines[-1] == "3 frames, 0.375 s.", "its figures are in --json, in words for those who ask for them"
     assert len(lines) == 10, f"something else was printed:\n{done.stderr}"
 
 
@@ -137,7 +157,7 @@ def test_fit_then_morph_with_its_lora_and_every_option(tmp_path: Path) -> None:
         exact_ends=True,  # the bundled model's own setting, as none was typed
     )
     assert settings["sample"] == asdict(expected)
-    assert settings["schedule"] == asdict(ScheduleConfig(enabled=False))
+    assert ScheduleConfig(**settings["schedule"]) == ScheduleConfig(enabled=False)
     assert (settings["size"], settings["resize"], settings["loop"], settings["seed"]) == ([64, 96], "pad", True, 5)
     assert settings["loras"] == ["pear.safetensors"] * 2
     with Image.open(tmp_path / "a.webp") as film:
@@ -226,12 +246,35 @@ def test_info_lists_versions_devices_and_models(tmp_path: Path) -> None:
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.strip()}
     assert torch.__version__ in rows["torch"]
     assert "cpu" in rows
-    assert "bundled" in rows["mini"]
+    assert "bundled" in rows["mini"] and "not for photographs" in rows["mini"]
+    assert "13.9 GB to fetch; 18.4 GB on a GPU, 9.4 with --low-memory" in " ".join(done.stdout.split())
+    assert all(len(spec.described()) > len(spec.about) + 10 for spec in CATALOG.values())
     assert "in the cache" in rows["sd15"]
     assert "not downloaded" in rows["sd21"]
     assert "in the cache" in rows["a/model"]
     assert "b/c" not in rows
     assert str(cache) in done.stdout
+
+
+def test_help_shows_the_defaults_of_the_model_that_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from diffmorpher.cli import app
+
+    def said(*words: str) -> str:
+        monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setattr(sys, "argv", ["diffmorpher", *words])
+        with pytest.raises(SystemExit):
+            app.main()
+        return " ".join(capsys.readouterr().out.split())
+
+    own = CATALOG["mini"]
+    for text in (said("morph", "--help"), said("fit", "--help")):
+        assert f"Default: {own.fit.steps}, which suits mini (the paper: 200)." in text and "200 *" not in text
+    text = said("morph", "--model", "flux-dev", "--help")
+    assert "Default: 0.0001, which suits flux-dev (the paper: 0.0002)." in text
+    assert "Default: 200, which suits flux-dev, as in the paper." in text and "suits mini" not in text
+    assert "Default: 50, which suits sd15, as in the paper." in said("morph", "--help", "--model=sd15")
 
 
 def test_help_and_version(tmp_path: Path) -> None:
@@ -265,6 +308,17 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora"
     matrices = {f"{layer}.down.weight": torch.zeros(4, 999), f"{layer}.up.weight": torch.zeros(999, 4)}
     save_file(matrices, folder / "other-model.safetensors")
+    (folder / "fr").mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(folder / "fr" / f"frame_{i:04d}.png")
+    (folder / "model" / "unet").mkdir(parents=True)
+    (folder / "model" / "unet" / "a.bin").write_text("weights")
+    (folder / "picture.safetensors").write_bytes(whole)
+    (folder / "loop.mp4").symlink_to("loop.mp4")
+    with wave.open(str(folder / "song.wav"), "wb") as song:
+        song.setparams((1, 2, 8000, 0, "NONE", ""))
+        song.writeframes(bytes(8000))
+    (folder / "results.csv").write_text("image_0,image_1\ntext.png,dot.png\n")
     return folder
 
 
@@ -325,7 +379,8 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     "rank 0 of fit": ("fit {pear} -p pear -o a.safetensors --lora-rank 0", "LoRA rank is 0"),
     # counts and contradictions
     "prompts": ("morph {pear} {rose} -p 1 -p 2 -p 3", "3 prompts were given for 2 images"),
-    "LoRAs": ("morph {pear} {rose} --lora {bad}/damaged.safetensors", "1 LoRA files were given for 2 images"),
+    "LoRAs": ("morph {pear} {rose} --lora a --lora b --lora c", "3 LoRA files were given for 2 images"),
+    "one LoRA for all": ("morph {pear} {rose} --lora {bad}/damaged.safetensors", "is a damaged safetensors file"),
     "LoRA and preview": ("morph {pear} {rose} --preview --lora a --lora b", "--lora and --preview contradict"),
     "LoRA and none": ("morph {pear} {rose} --no-lora --lora a --lora b", "--lora and --no-lora contradict"),
     "resize": ("morph {pear} {rose} --resize stretch", "'stretch'"),
@@ -340,6 +395,36 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     "over a picture": ("morph {pear} {rose} -o {rose}", "is a picture to be morphed"),
     "two outputs in one": ("morph {pear} {rose} --save-path film.mp4", "asked for twice"),
     "fit to another format": ("fit {pear} -p pear -o a.ckpt", ".safetensors"),
+    "over a LoRA": ("morph {pear} {rose} --lora {other} --lora {other} --save-path {other}", "is a LoRA to be used"),
+    "over a LoRA by a recipe": ("morph {pear} {rose} --lora {other} --lora {other} --save-recipe {other}", "a LoRA to"),
+    "over the sound": ("morph {pear} {rose} --audio {bad}/song.wav --save-path {bad}/song.wav", "is the sound to be"),
+    "a text as sound": ("morph {pear} {rose} --audio {bad}/text.png", "the sound"),
+    "over the model": ("morph {pear} {rose} --model {other} --save-path {other}", "is the model to be used"),
+    "over the model's folder": (
+        "morph {pear} {rose} --model {bad}/model --save-path {bad}/model/unet/a.bin",
+        "the model to",
+    ),
+    "fit over the model": ("fit {pear} -p pear --model {other} -o {other}", "is the model to be used"),
+    "fit over the picture": (
+        "fit {bad}/picture.safetensors -p pear -o {bad}/picture.safetensors",
+        "is a picture to be",
+    ),
+    "frames over pictures": ("morph {bad}/fr/frame_0000.png {bad}/fr/frame_0001.png -o {bad}/fr", "would write over"),
+    "frames over others": (
+        "morph {pear} {rose} -o {bad}/fr",
+        "holds frame_0000.png, which is no frame of this program",
+    ),
+    "more frames over others": ("morph {pear} {rose} --save-frames {bad}/fr", "holds frame_0000.png"),
+    "demo into /proc": ("demo --out /proc/demo", "'/proc' takes no files"),
+    "into /proc": ("morph {pear} {rose} -o /proc/film.mp4", "'/proc' takes no files"),
+    "path into /proc": ("morph {pear} {rose} --save-path /proc/a.morph", "'/proc' takes no files"),
+    "an address": ("morph {pear} {rose} -o http://host/film.mp4", "is an address"),
+    "standard output": ("morph {pear} {rose} -o -", "standard output"),
+    "a link to itself": ("morph {pear} {rose} -o {bad}/loop.mp4", "symbolic links"),
+    "a picture that is a link to itself": ("morph {bad}/loop.mp4 {rose}", "loop.mp4' cannot be read"),
+    "bench over its data": ("bench {bad}/results.csv --methods ddim -o {bad}", "is the data set"),
+    "bench into a file": ("bench mini --methods ddim -o {bad}/text.png", "text.png"),
+    "study over results": ("study {bad} -o {bad}/results.csv", "must end in .html"),
     "demo into a file": ("demo --out {bad}/text.png", "text.png"),
 }
 
@@ -364,7 +449,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(name: str, bad: Path, tmp
     arguments = [word.format(bad=bad, pear=PEAR, rose=ROSE, **paths) for word in command.split()]
     if arguments[0] == "morph" and "-o" not in arguments:
         arguments += ["-o", "film.mp4"]
-    inputs = {file: file.stat().st_mtime_ns for file in (*bad.rglob("*"), Path(PEAR), Path(ROSE))}
+    inputs = {file: file.lstat().st_mtime_ns for file in (*bad.rglob("*"), Path(PEAR), Path(ROSE))}
 
     done = run(*arguments, cwd=tmp_path)
 
@@ -375,7 +460,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(name: str, bad: Path, tmp
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
-    assert inputs == {file: file.stat().st_mtime_ns for file in (*bad.rglob("*"), Path(PEAR), Path(ROSE))}
+    assert inputs == {file: file.lstat().st_mtime_ns for file in (*bad.rglob("*"), Path(PEAR), Path(ROSE))}
 
 
 def test_debug_shows_the_traceback_too(tmp_path: Path) -> None:
@@ -439,12 +524,131 @@ def test_ctrl_c_stops_in_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("out", "number"), [("film.mp4", signal.SIGTERM), ("frames", signal.SIGHUP), ("frames", signal.SIGINT)]
+)
+def test_a_request_to_end_cleans_up_as_ctrl_c_does(out: str, number: signal.Signals, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "morph", PEAR, ROSE, "-o", out, "--no-lora", "--steps", "2", "--frames", "9999", "--no-reschedule"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    while not list(tmp_path.glob(".diffmorpher-*.part")):  # the film is being written
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert shown.splitlines()[-1] == "diffmorpher: stopped" and "Traceback" not in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_at_any_moment_of_the_start_stops_at_once(tmp_path: Path) -> None:
+    """In the midst of imports an exception showed a traceback, or was swallowed, or broke a library ("terminate called")."""
+    command = [*COMMAND, "morph", PEAR, ROSE, "-o", "film.mp4", "--lora-steps", "9999"]
+    for delay in (0.15, 0.3, 0.6, 1.2, 2.4, 4.0):
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, shown = process.communicate(timeout=30)
+        assert (process.returncode, shown.splitlines()[-1:]) == (130, ["diffmorpher: stopped"]), f"{delay}: {shown}"
+        assert not list(tmp_path.iterdir())
+
+
+def test_an_interruption_that_was_swallowed_is_raised_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(signals, "_asked", None)
+    progress = StageBars()
+    progress("fit", 1, 9)
+    with pytest.raises(KeyboardInterrupt):
+        signals._raise(signal.SIGTERM, None)  # and let us say that a callback in C lost it
+    with pytest.raises(KeyboardInterrupt):
+        progress("fit", 2, 9)
+    assert signals.status() == 143
+
+
+@pytest.mark.parametrize("streams", ["2>&1 | head -n 1", "2>/dev/full", "<&- >&- 2>&-", "--json | true"])
+def test_a_film_is_made_whoever_reads_what_is_said(streams: str, tmp_path: Path) -> None:
+    film = shlex.join([*COMMAND, "morph", PEAR, ROSE, "-o", "film.gif", *SMALL, "--no-lora"])
+    shell = ["bash", "-o", "pipefail", "-c", f"{film} {streams}"]
+    done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["film.gif"]
+    assert "Traceback" not in done.stderr and "rror" not in done.stderr
+
+
+def test_help_into_head(tmp_path: Path) -> None:
+    shell = ["bash", "-o", "pipefail", "-c", f"{shlex.join(COMMAND)} morph --help | head -n 1 >/dev/null"]
+    for _ in range(3):
+        done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_prompt_that_is_no_utf_8_is_said(tmp_path: Path) -> None:
+    for command in (["morph", PEAR, ROSE, "-o", "a.mp4"], ["fit", PEAR, "-o", "a.safetensors"]):
+        prompt = [b"-p", b"caf\xe9"]
+        done = subprocess.run([*COMMAND, *command, *prompt], cwd=tmp_path, capture_output=True)
+        assert done.returncode == 2 and done.stderr.count(b"\n") == 1
+        assert b"is not UTF-8" in done.stderr
+
+
+def test_a_folder_that_is_gone_is_said(tmp_path: Path) -> None:
+    """The one that a relative output is in; an absolute one needs it not."""
+    shell = f"mkdir gone; cd gone; rmdir ../gone; {shlex.join([*COMMAND, 'morph', PEAR, ROSE, '-o', 'film.mp4'])}"
+    done = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True)
+    expected = "diffmorpher: error: the folder this was started in is gone: change to another."
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, expected)
+
+
 def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
     process = subprocess.Popen([*COMMAND, "--help"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout and process.stderr
     process.stdout.close()  # long before the first line
     assert process.stderr.read() == b""
     process.wait()
+
+
+def test_a_full_disk_is_a_failure_at_work_and_what_was_written_is_said(tmp_path: Path) -> None:
+    """`ulimit -f`: files beyond 200 kB cannot be written, which the film is not and the path is."""
+    done = subprocess.run(
+        [*COMMAND, "morph", PEAR, ROSE, "-o", "film.mp4", *SMALL, "--lora-steps", "1", "--save-path", "a.morph"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)),
+    )
+    assert done.returncode == 1, done.stderr
+    lines = done.stderr.splitlines()
+    assert "Wrote film.mp4" in lines
+    assert lines[-1] == (
+        "diffmorpher: error: the path file a.morph cannot be written (File too large): free some space or choose another "
+        "place."
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["film.mp4"]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif", ""])
+def test_every_kind_of_output_says_so_alike(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(OutputError) as caught:
+        film_on_a_full_disk(tmp_path / f"a{suffix}")
+    message, status = _explain(caught.value)
+    assert status == 1 and "free some space" in message
+
+
+def film_on_a_full_disk(out: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        save_film([Image.effect_noise((64, 64), 50)] * 3, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.slow

@@ -15,28 +15,27 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError, DiffMorpherError
+from ..files.places import check_place, expanded
 from ..progress import console, quiet_bars, say
 from ..settings import check_seed
 from . import options as o
+from . import signals
+from .checks import check_inputs_stay
 from .terminal import begin
 
 Data = Annotated[str, typer.Argument(metavar="DATA", help="'mini', a folder of pairs, or a .csv or .jsonl manifest.")]
 Methods = Annotated[
     str, typer.Option("--methods", metavar="A,B", help="Names and presets: ablation, modes, lambda, all.")
 ]
-OutDir = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder of the results; run again to go on.")]
+OutDir = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="DIR", help="Folder of the results; run again to go on.", parser=expanded),
+]
 Pairs = Annotated[
     int | None, typer.Option("--pairs", metavar="N", help="So many pairs only, of all categories in turn.")
 ]
 Shard = Annotated[
     str | None, typer.Option("--shard", metavar="I/N", help="Every n-th pair from the i-th, for batch systems.")
-]
-Jobs = Annotated[str, typer.Option("--jobs", metavar="J", help="Processes; auto: one for each GPU, on a CPU one.")]
-Ray = Annotated[
-    str | None,
-    typer.Option(
-        "--ray", metavar="[ADDRESS]", help="Run the pairs on the Ray cluster there; without an address, start one."
-    ),
 ]
 InceptionFile = Annotated[
     Path | None, typer.Option("--inception", metavar="FILE", help="pytorch-fid's weights, for FID as published.")
@@ -46,22 +45,12 @@ BenchFrames = Annotated[
 ]
 Run = Annotated[Path | None, typer.Argument(metavar="DIR", help="The folder that 'bench' wrote.")]
 Two = Annotated[str, typer.Option("--methods", metavar="A,B", help="The two methods to compare.")]
-StudyOut = Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.")]
+StudyOut = Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The page.", parser=expanded)]
 Tally = Annotated[
     list[Path] | None, typer.Option("--tally", metavar="FILE", help="Count saved votes: repeat it for each.")
 ]
 ResultsA = Annotated[Path, typer.Argument(metavar="A", help="results.json, or its folder.")]
 ResultsB = Annotated[Path, typer.Argument(metavar="B", help="Another one of the same protocol.")]
-
-
-def complete(arguments: list[str]) -> list[str]:
-    """The arguments with --ray's address filled in where it was left out, which typer cannot do."""
-    filled = list(arguments)
-    if "--ray" in filled:
-        after = filled.index("--ray") + 1
-        if after == len(filled) or filled[after].startswith("-"):
-            filled.insert(after, "local")
-    return filled
 
 
 @o.takes("model", "prediction", "device", "steps", "lora_steps", "seed")
@@ -71,8 +60,8 @@ def bench(
     out: OutDir,
     pairs: Pairs = None,
     shard: Shard = None,
-    jobs: Jobs = "auto",
-    ray: Ray = None,
+    jobs: o.Jobs = "auto",
+    ray: o.Ray = None,
     inception: InceptionFile = None,
     frames: BenchFrames = None,
     debug: o.Debug = False,
@@ -83,16 +72,21 @@ def bench(
     check_seed(typed.get("seed"))
     if pairs is not None and pairs < 1:
         raise ConfigError(f"--pairs is {pairs}, but must be a whole number of at least 1.")
+    from ..cluster.slots import choose_jobs
     from ..config import FitConfig
-    from ..evaluation.bench import choose_jobs, parse_shard, run_bench
+    from ..evaluation.bench import parse_shard, run_bench
     from ..evaluation.datasets import load_dataset
     from ..evaluation.inception import load_inception
     from ..evaluation.methods import resolve_methods
     from ..evaluation.report import write_report
-    from ..evaluation.results import collect
+    from ..evaluation.results import OUTPUTS, collect
     from ..evaluation.worker import Settings
 
     _check_extra()
+    check_place(out, folder=True)
+    inputs = {"the data set": [Path(data)], "the weights for FID": [] if inception is None else [inception]}
+    for name in OUTPUTS:
+        check_inputs_stay(out / name, inputs)
     if inception is not None:
         load_inception(inception)  # what is wrong with it is said before the work
     part, parts = parse_shard(shard)
@@ -106,6 +100,7 @@ def bench(
     mine = chosen[part - 1 :: parts]
     out.mkdir(parents=True, exist_ok=True)
     quiet_bars()
+    signals.stop_by_exception()
     try:
         _run(run_bench(mine, settings, out, choose_jobs(jobs, settings.device), ray), len(mine) * len(names))
     finally:
@@ -126,12 +121,13 @@ def compare(a: ResultsA, b: ResultsB, as_json: o.Json = False, debug: o.Debug = 
     """Differences of two benchmark runs, pair by pair: B minus A, with 95 % intervals."""
     begin(debug)
     from ..evaluation.report import COLUMNS
+    from ..evaluation.results import as_json as to_json
     from ..evaluation.results import compare as differences
     from ..evaluation.results import read_results
 
     found = differences(read_results(a), read_results(b))
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(to_json(found))
         return
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("B minus A")
@@ -173,6 +169,9 @@ def study(
         names = [name.strip() for name in methods.split(",")]
         if len(names) != 2:
             raise ConfigError(f"--methods is {methods!r}, but a study compares two: give A,B.")
+        if out.suffix.lower() not in (".html", ".htm"):
+            raise ConfigError(f"-o {str(out)!r} must end in .html: the page is written in no other format.")
+        check_place(out)
         say(f"Wrote {write_study(run, (names[0], names[1]), out, seed)}: open it in a browser, or send it to others.")
         return
     found = count(tally or [])

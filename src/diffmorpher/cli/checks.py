@@ -8,6 +8,10 @@ from pathlib import Path
 
 from ..errors import ConfigError, OutputError
 from ..files.films import check_output, writes_over
+from ..files.places import check_place, same_place
+from ..models.catalog import CATALOG
+from ..recipe import Recipe
+from ..settings import split_weight
 
 
 def check_port(port: int | None) -> None:
@@ -30,46 +34,58 @@ def check_loras(files: Sequence[str]) -> None:
     for file in files:
         from ..files.loras import load_lora
 
-        load_lora(file)
+        load_lora(split_weight(file)[0], text=True)
 
 
 def check_outputs(
-    out: Path | None, frames: Path | None, path: Path | None, recipe: Path | None, inputs: Mapping[str, Sequence[Path]]
+    out: Path | None,
+    folders: Sequence[Path | None],
+    files: Sequence[Path | None],
+    inputs: Mapping[str, Sequence[Path]],
 ) -> None:
-    """Can the film, the folder of frames, the path file and the recipe be written, each in a place of its own?
+    """Can the film, the folders of frames and of stills, the path file and the recipe be written, each in a place of its own?
 
-    inputs: files that must stay, by what they are.
+    inputs: files and folders that must stay, by what they are.
     """
-    if out is not None:
-        check_output(out)
-    if frames is not None:
-        if frames.suffix:
-            raise OutputError(f"--save-frames {str(frames)!r} is a folder's name, which must not have a suffix here.")
-        check_output(frames)
-    if path is not None:
-        check_file(path)
-    if recipe is not None:
-        check_file(recipe)
-    taken = {file: what for what, files in inputs.items() for file in files}
-    asked: set[Path] = set()
-    for place in (out, frames, path, recipe):
-        if place is not None:
-            for file, what in taken.items():
-                if writes_over(place, file):
-                    how = "is" if place.resolve() == file.resolve() else f"would write over {str(file)!r},"
-                    raise OutputError(f"output {str(place)!r} {how} {what}: choose another name.")
-            if place.resolve() in asked:
-                raise OutputError(f"output {str(place)!r} is asked for twice: choose another name.")
-            asked.add(place.resolve())
+    for option, frames in zip(("--save-frames", "--keyframes"), folders, strict=True):
+        if frames is not None and frames.suffix:
+            raise OutputError(f"{option} {str(frames)!r} is a folder's name, which must not have a suffix here.")
+    outputs = [place for place in (out, *folders, *files) if place is not None]
+    for place in outputs:
+        check_inputs_stay(place, inputs)  # before what else is wrong with it
+    for film in (out, *folders):
+        if film is not None:
+            check_output(film)
+    for file in files:
+        if file is not None:
+            check_place(file)
+    for i, place in enumerate(outputs):
+        if any(same_place(place, other) for other in outputs[:i]):
+            raise OutputError(f"output {str(place)!r} is asked for twice: choose another name.")
 
 
-def check_file(file: Path) -> None:
-    """Can a file be written there? Folders on the way may be missing."""
-    try:
-        if not file.name or file.is_dir():
-            raise OutputError(f"output {str(file)!r} is a folder: give a file name.")
-        nearest = next(folder for folder in file.parents if os.path.lexists(folder))
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise OutputError(f"output {str(file)!r} cannot be written: {str(nearest)!r} is no writable folder.")
-    except OSError as error:
-        raise OutputError(f"output {str(file)!r} cannot be written ({error.strerror}): choose another.") from error
+def inputs_of(recipe: Recipe) -> dict[str, list[Path]]:
+    """The files that a film is made from, by what they are; of a model that is a folder, all in it."""
+    model = Path(os.path.expanduser(recipe.model))
+    networks = [file for file in model.rglob("*") if file.is_file()] if model.is_dir() else [model]
+    return {
+        "a picture to be morphed": [*map(Path, recipe.pictures)],
+        "a LoRA to be used": [Path(split_weight(each)[0]) for each in (*recipe.loras, *recipe.styles)],
+        "the sound to be used": [Path(recipe.audio)] if recipe.audio else [],
+        "the model to be used": [] if recipe.model in CATALOG else networks,
+    }
+
+
+def check_inputs_stay(out: Path, inputs: Mapping[str, Sequence[Path]]) -> None:
+    """Raise `OutputError` where writing to `out` would replace one of these files, which are called what their key says."""
+    for what, files in inputs.items():
+        for file in files:
+            if writes_over(out, file):
+                how = "is" if same_place(out, file) else f"would write over {str(file)!r},"
+                raise OutputError(f"output {str(out)!r} {how} {what}: choose another name.")
+
+
+def check_ray(ray: str | None, jobs: str | None) -> None:
+    """Raise `ConfigError` for workers of no cluster."""
+    if jobs is not None and ray is None:
+        raise ConfigError("--jobs says how many workers --ray starts: give --ray too, or leave it out.")

@@ -22,6 +22,7 @@ from rich.progress import (
 from rich.table import Table
 
 from ..progress import console, say
+from . import signals
 
 
 def begin(debug: bool) -> None:
@@ -74,6 +75,7 @@ class StageBars:
         self._since = self._last[1]
 
     def __enter__(self) -> StageBars:
+        signals.stop_by_exception()
         self._bars.start()
         return self
 
@@ -83,6 +85,7 @@ class StageBars:
         self._bars.stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        signals.check()
         before, when = self._last
         if stage != before:
             self._since = when

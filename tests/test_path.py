@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from conftest import tiny_pipeline
-from diffmorpher import Cancelled, FitConfig, Morpher, MorphPath, SampleConfig, load_lora, save_lora
-from diffmorpher.errors import ConfigError, LoraError, OutputError, PathFileError
+from diffmorpher import Cancelled, FitConfig, Morpher, MorphPath, SampleConfig, ScheduleConfig, load_lora, save_lora
+from diffmorpher.errors import ConfigError, DiffMorpherError, LoraError, OutputError, PathFileError
+from diffmorpher.models.conditioning import Conditioning
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
 FIT, SAMPLE = FitConfig(rank=2, steps=2), SampleConfig(steps=3)
@@ -54,6 +59,17 @@ def test_every_output_is_the_same_picture(path: MorphPath) -> None:
     assert path.sample([], SAMPLE, output="np").shape == (0, 32, 32, 3)
 
 
+@pytest.mark.parametrize(
+    ("factor", "cells", "frames"), [(8, 64, 16), (8, 128, 4), (16, 32, 16), (16, 64, 4), (8, 256, 4)]
+)
+def test_a_batch_on_a_gpu_goes_by_pixels(morpher: Morpher, factor: int, cells: int, frames: int) -> None:
+    """FLUX.2 has one latent for 16 x 16 pixels, where others have one for 8 x 8; the device here holds shapes alone."""
+    backbone = copy.copy(morpher.backbone)
+    backbone.vae_factor = factor
+    latents = torch.empty(2, 4, cells, cells, device="meta")
+    assert MorphPath(backbone, latents, Conditioning({}), None, ["", ""]).batch_size(SampleConfig()) == frames
+
+
 def test_other_steps_invert_anew_and_are_kept(path: MorphPath) -> None:
     noises, before = path.noises_at(3), path.backbone.unet_rows
     five = path.noises_at(5)
@@ -75,6 +91,21 @@ def test_a_saved_path_samples_the_same_frames(path: MorphPath, morpher: Morpher,
     assert [f.name for f in (tmp_path / "deep").iterdir()] == ["abc.morph"]
     frames = morpher.film(loaded, 5, SAMPLE).frames
     assert len(frames) == 5
+
+
+def test_a_path_of_format_2_samples_the_same_frames(path: MorphPath, morpher: Morpher, tmp_path: Path) -> None:
+    """Format 2 had the text alone, as one tensor called "conditioning"."""
+    file = path.save(tmp_path / "new.morph")
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["diffmorpher.path"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    tensors["conditioning"] = tensors.pop("conditioning.text")
+    assert header["version"] == "3" and not any(name.startswith("conditioning.") for name in tensors)
+    old = tmp_path / "old.morph"
+    save_file(tensors, old, {"format": "pt", "diffmorpher.path": json.dumps(header | {"version": "2"})})
+    positions = [0.3, 1.5]
+    got = MorphPath.load(old, morpher).sample(positions, SAMPLE, output="latent")
+    assert torch.equal(got, MorphPath.load(file, morpher).sample(positions, SAMPLE, output="latent"))
 
 
 def test_a_path_without_loras_and_a_loop_round_trip(morpher: Morpher, tmp_path: Path) -> None:
@@ -113,6 +144,120 @@ def test_a_path_of_another_model_or_a_damaged_file_is_refused(
         save_file({"x": torch.zeros(1)}, bad, {"diffmorpher.path": json.dumps(damaged)})
         with pytest.raises(PathFileError, match="damaged"):
             MorphPath.load(bad, morpher)
+
+
+#: In place of a value of the header: what it can be read as, and must not be.
+_VALUES: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    1.5,
+    10**400,
+    "",
+    "a",
+    [],
+    ["a"],
+    [None, None],
+    [[]],
+    {},
+    {"a": 1},
+    [{}, {"a": 1}],
+]
+_TENSORS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scalar": lambda x: torch.tensor(1.0),
+    "integers": lambda x: x.long(),
+    "half": lambda x: x.half(),
+    "double": lambda x: x.double(),
+    "truth": lambda x: x > 0,
+    "flat": lambda x: x.flatten(),
+    "another rank": lambda x: x[None],
+    "one image less": lambda x: x[1:],
+    "one of the next less": lambda x: x[:, 1:],
+    "wider": lambda x: torch.cat([x, x], -1),
+    "narrower": lambda x: x[..., :-1],
+    "empty": lambda x: x[:0],
+    "NaN": lambda x: x * float("nan"),
+    "infinite": lambda x: x / 0,
+}
+
+
+def _changed(value: Any) -> Iterator[Any]:
+    """The same with one thing changed, at any depth."""
+    yield from (other for other in _VALUES if json.dumps(other) != json.dumps(value))
+    for key in value if isinstance(value, dict) else range(min(3, len(value))) if isinstance(value, list) else ():
+        changed = copy.copy(value)
+        del changed[key]
+        yield changed
+        for inner in _changed(value[key]):
+            changed = copy.copy(value)
+            changed[key] = inner
+            yield changed
+
+
+def test_a_path_with_one_thing_changed_is_refused_on_loading_or_works(
+    path: MorphPath, morpher: Morpher, tmp_path: Path
+) -> None:
+    file, bad = path.save(tmp_path / "good.morph"), tmp_path / "bad.morph"
+    with safe_open(file, "pt") as opened:
+        header = json.loads(opened.metadata()["diffmorpher.path"])
+    tensors = load_file(file)
+    counts = {"refused": 0, "loaded": 0}
+
+    def tried(changed: Any, contents: dict[str, torch.Tensor]) -> None:
+        save_file(contents, bad, {"diffmorpher.path": json.dumps(changed)})
+        try:
+            loaded = MorphPath.load(bad, morpher)
+        except PathFileError as error:
+            assert "bad.morph" in str(error)
+            counts["refused"] += 1
+            return
+        loaded.sample([0.3, 1.5], replace(loaded.sample_config, steps=3), output="latent")
+        morpher.film(loaded, 5, replace(loaded.sample_config, steps=1), ScheduleConfig(enabled=False))
+        counts["loaded"] += 1
+
+    for key in ("version", "model", "signature", "prompts", "loop", "loras", "sample", "settings"):
+        changes = list(_changed(header[key])) if key != "settings" else _VALUES
+        for value in changes[:: max(1, len(changes) // 40)]:
+            tried(header | {key: value}, tensors)
+        tried({k: v for k, v in header.items() if k != key}, tensors)
+    layer = next(name for name in tensors if name.startswith("lora.down."))
+    for name in ("latents", "conditioning.text", "trajectory.3", layer, layer.replace("lora.down.", "lora.up.")):
+        for change in _TENSORS.values():
+            tried(header, tensors | {name: change(tensors[name]).contiguous()})
+        rest = {other: x for other, x in tensors.items() if other != name}
+        tried(header, rest)
+        for other in (
+            "trajectory.0",
+            "trajectory.2",
+            "trajectory.1001",
+            "trajectory.x",
+            "lora.down.x",
+            "conditioning.x",
+            "x",
+        ):
+            tried(header, rest | {other: tensors[name]})
+    assert counts["refused"] > 250 and 0 < counts["loaded"] < 80, counts
+
+
+def test_a_path_with_nan_or_of_other_steps_gives_no_picture(morpher: Morpher) -> None:
+    def fresh() -> MorphPath:
+        return morpher.prepare(PICTURES[:2], fit=None, steps=3)
+
+    path = fresh()
+    path._trajectories[3][-1, 0, 0, 0, 0] = float("nan")
+    for output in ("pil", "latent"):
+        with pytest.raises(DiffMorpherError, match="NaN"):
+            path.sample([0.5], SAMPLE, output=output)  # type: ignore[arg-type]
+    path = fresh()
+    path.conditioning["text"][0] = float("inf")
+    with pytest.raises(DiffMorpherError, match="NaN"):
+        path.sample([0.5], SAMPLE)
+    path = fresh()
+    path._trajectories[3] = path._trajectories[3][:-1]  # a level short: another noise, and a wrong picture
+    with pytest.raises(DiffMorpherError, match="does not fit 3 steps"):
+        path.sample([0.5], SAMPLE)
 
 
 class _Runs:
@@ -197,7 +342,7 @@ def test_bad_counts_are_said_before_the_slow_part(morpher: Morpher) -> None:
         ({"images": PICTURES, "size": 32}, "size is 32"),
         ({"images": PICTURES, "size": (32, 32, 3)}, "two whole numbers"),
         ({"images": PICTURES, "fit": "none"}, "'none'"),
-        ({"images": PICTURES, "loras": "a.safetensors"}, "1 LoRA files"),
+        ({"images": PICTURES, "loras": ["a.safetensors"] * 2}, "2 LoRA files"),
         ({"images": PICTURES, "num_frames": 2}, "at least 3"),
         ({"images": PICTURES[:2], "num_frames": 1}, "at least 2"),
         ({"images": PICTURES[:2], "num_frames": 0}, "at least 2"),
@@ -206,6 +351,94 @@ def test_bad_counts_are_said_before_the_slow_part(morpher: Morpher) -> None:
         with pytest.raises(ConfigError, match=message):
             morpher(**arguments)  # type: ignore[arg-type]
     assert morpher.backbone.unet_rows == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": "x"}, "seed is 'x'"),
+        ({"seed": None}, "seed is None"),
+        ({"seed": 2**70}, "seed is 1180591620717411303424"),
+        ({"seed": True}, "seed is True"),
+        ({"seed": 1.0}, "seed is 1.0"),
+        ({"prompts": 5}, "the prompts are 5"),
+        ({"prompts": [1, 2]}, r"the prompts are \[1, 2\]"),
+        ({"prompts": b"ab"}, "the prompts are b'ab'"),
+        ({"prompts": ["a", "\udcff"]}, "is not UTF-8"),
+        ({"loras": [None, None]}, "a LoRA is None"),
+        ({"loras": 5}, "a LoRA is 5"),
+        ({"loras": [5, "a"]}, "a LoRA is 5"),
+        ({"sample": {"steps": 3}}, "must be a SampleConfig"),
+        ({"sample": FIT}, "must be a SampleConfig"),
+        ({"schedule": {}}, "must be a ScheduleConfig"),
+        ({"fit": {"steps": 3}}, "must be a FitConfig"),
+        ({"progress": 1}, "progress is 1, but must be a function"),
+        ({"write": "a.mp4"}, "write is 'a.mp4', but must be a function"),
+        ({"loop": "yes"}, "loop is 'yes'"),
+        ({"images": 5}, "at least two images"),
+        ({"images": None}, "at least two images"),
+        ({"num_frames": "4"}, "frames is '4'"),
+    ],
+)
+def test_other_types_are_named_before_the_slow_part(arguments: dict[str, Any], message: str, morpher: Morpher) -> None:
+    before = morpher.backbone.unet_rows
+    with pytest.raises(ConfigError, match=message):
+        morpher(**{"images": PICTURES[:2], "fit": None, "sample": SAMPLE} | arguments)
+    assert morpher.backbone.unet_rows == before
+
+
+def test_other_types_in_other_calls(morpher: Morpher, path: MorphPath, tmp_path: Path) -> None:
+    calls: list[tuple[Callable[[], Any], str]] = [
+        *(
+            (lambda bad=bad: path.sample(bad), "positions are")
+            for bad in (["a"], [None], None, [[0.1], [0.1, 0.2]], [1j])
+        ),
+        (lambda: path.sample([0.5], {"steps": 3}), "must be a SampleConfig"),
+        (lambda: path.noises_at("3"), "steps is '3'"),
+        (lambda: morpher.film("a.morph", 3), "must be a MorphPath"),
+        (lambda: morpher.film(path, 4, {"steps": 3}), "must be a SampleConfig"),
+        (lambda: morpher.film(path, 4, pace=[1, 2]), "2 shares for 3 gaps"),
+        (lambda: morpher.film(path, 4, pace=[1, -1, 2]), "must be a list of numbers of at least 0"),
+        (lambda: morpher.fit(PICTURES[0], 5), "the prompts are 5"),
+        (lambda: morpher.fit(PICTURES[0], focus=(0.5, 0.2)), "the focus is"),
+        (lambda: morpher.prepare(PICTURES, focus=["0.5,0.2"] * 7), "7 focuses were given"),
+        (lambda: morpher.fit(PICTURES[0], seed="x"), "seed is 'x'"),
+        (lambda: morpher.fit_all("cat.png"), "a list of images"),
+        (lambda: morpher.prepare(PICTURES, seed=-1), "seed is -1"),
+        (lambda: MorphPath.load(tmp_path / "a.morph", "mini"), "must be a Morpher"),
+    ]
+    for call, message in calls:
+        with pytest.raises(ConfigError, match=message):
+            call()
+    for out in (None, 5, b"a.mp4"):
+        with pytest.raises(OutputError, match="must be a path"):
+            morpher.film(path, 3, SAMPLE).save(out)  # type: ignore[arg-type]
+    with pytest.raises(LoraError, match="must be a path"):
+        load_lora(5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", [None, [], (), "", [None, None], [""]])
+def test_prompts_may_be_left_out_in_any_form(prompts: Any, morpher: Morpher) -> None:
+    path = morpher.prepare(PICTURES[:2], prompts, fit=None, steps=1)
+    assert path.prompts == ["", ""]
+
+
+def test_a_write_that_iterates_twice_or_stops_has_right_figures_or_a_sentence(morpher: Morpher) -> None:
+    path = morpher.prepare(PICTURES[:2], fit=None, steps=3)
+    once = morpher.film(path, 5, SAMPLE)
+    for _ in range(2):
+        twice = morpher.film(path, 5, SAMPLE, write=lambda frames, settings: [*frames, *frames])
+        assert twice.distances == once.distances and twice.ppl == once.ppl and twice.pdv == once.pdv
+    for write in (lambda frames, settings: None, lambda frames, settings: next(iter(frames))):
+        result = morpher.film(path, 5, SAMPLE, write=write)
+        for figure in ("ppl", "pdv"):
+            with pytest.raises(ConfigError, match="of 4 distances, as write did not take all frames"):
+                getattr(result, figure)
+
+
+def test_whole_numbers_of_numpy_are_seeds(morpher: Morpher) -> None:
+    one, other = (morpher.fit(PICTURES[0], fit=FIT, seed=seed) for seed in (3, np.int64(3)))
+    assert one.metadata == other.metadata and all(torch.equal(one.up[n], other.up[n]) for n in one.up)
 
 
 def test_result_says_all_about_itself(morpher: Morpher) -> None:

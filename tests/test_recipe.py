@@ -16,7 +16,7 @@ from diffmorpher import FitConfig, Recipe, SampleConfig, ScheduleConfig
 from diffmorpher.errors import ConfigError, ImageError, ModelError, OutputError, RecipeError
 from diffmorpher.files.pictures import image_hash
 from diffmorpher.gather import gather
-from diffmorpher.models.catalog import ASSETS, CATALOG, bare_name, check_model
+from diffmorpher.models.catalog import ASSETS, CATALOG, FLOW, bare_name, check_model
 from diffmorpher.recipe import read_recipes
 from diffmorpher.settings import BY_NAME, CONFIGS, LIMITS, PRESETS, SETTINGS, check_typed, unused
 
@@ -32,6 +32,21 @@ def test_what_is_not_given_suits_the_model_and_else_is_the_papers() -> None:
     assert Recipe(loras=("a.safetensors",)).fit is None and Recipe(fit=None).fit is None
 
 
+def test_a_folder_recommends_what_suits_its_family_also_from_beside_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "films" / "flow").mkdir(parents=True)
+    (tmp_path / "films" / "flow" / "model_index.json").write_text('{"transformer": ["diffusers", "X"]}')
+    (tmp_path / "films" / "r.toml").write_text('recipe = 1\nmodel = "flow"\nfit.steps = 7\n')
+    monkeypatch.chdir(tmp_path)
+    beside, here = Recipe.read("films/r.toml"), Recipe(model="films/flow")
+    assert (here.fit, here.sample) == (FLOW.fit, FLOW.sample) != (FitConfig(), SampleConfig())
+    assert (beside.fit, beside.sample) == (replace(FLOW.fit, steps=7), FLOW.sample)
+    assert Recipe().changed(model="films/flow") == here and here.command().endswith("--model films/flow")
+    assert here.changed(paper=True).changed(model=str(tmp_path / "films/flow")).sample == SampleConfig()  # the same one
+    assert here.changed(model="sd15").sample == SampleConfig()
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
@@ -39,12 +54,24 @@ def test_what_is_not_given_suits_the_model_and_else_is_the_papers() -> None:
         ({"frames": True}, "frames is True"),
         ({"fps": 0}, "fps is 0, but must be a number from 0.01 to 240 frames per second"),
         ({"seed": -1}, "the seed is -1, but must be a whole number from 0 to 2"),
-        ({"resize": "squash"}, 'resize is \'squash\', but must be "crop" or "pad"'),
+        ({"resize": "squash"}, 'resize is \'squash\', but must be "crop", "pad" or "blur"'),
+        ({"seconds": 0}, "the length is 0, but must be a number of seconds above 0"),
+        ({"hold": (0.5, -1)}, "hold is -1.0, but must be a number from 0 to 3600"),
+        ({"hold": "1"}, "hold is '1', but must be a number from 0 to 3600"),
         ({"loop": "yes"}, "loop is 'yes', but must be true or false"),
         ({"size": (64, 4)}, "the size 64x4 is too small"),
         ({"size": (64, 64.0)}, "must be two whole numbers"),
         ({"sample": {"steps": 2}}, "sample is {'steps': 2}, but must be a SampleConfig"),
         ({"fit": 3}, "fit is 3, but must be a FitConfig"),
+        (
+            {"size": "5:3"},
+            "the size '5:3' is not of the form WxH: give two whole numbers, such as 512x512, or one of square",
+        ),
+        (
+            {"focus": ("0.5,2",)},
+            "the focus '0.5,2' is no point: give center, auto, or two numbers from 0 to 1, such as 0.3,0.5.",
+        ),
+        ({"focus": "left"}, "the focus 'left' is no point"),
         ({"size": 3}, "the size is 3, but must be two whole numbers"),
         ({"pictures": (1,)}, "a recipe's lists hold texts and paths, not (1,)"),
     ],
@@ -142,10 +169,13 @@ RECIPES = st.builds(
     pictures=st.lists(st.sampled_from(["a.png", "b c.png", "ü.jpg"]), max_size=3).map(tuple),
     prompts=st.lists(st.text(st.characters(exclude_categories=["Cs"])), max_size=3).map(tuple),
     picture_hashes=st.lists(st.sampled_from(["0f", "1e"]), max_size=3).map(tuple),
-    loras=st.lists(st.sampled_from(["a.safetensors", "b.safetensors"]), max_size=2).map(tuple),
+    loras=st.lists(st.sampled_from(["a.safetensors", "b.safetensors:0.5"]), max_size=2).map(tuple),
+    styles=st.lists(st.sampled_from(["ink.safetensors", "c:d.safetensors:-.5"]), max_size=2).map(tuple),
+    style_hashes=st.lists(st.sampled_from(["0f", "1e"]), max_size=2).map(tuple),
     model=st.sampled_from(["mini", "sd15", "owner/name"]),
-    size=st.none() | st.tuples(st.integers(8, 99), st.integers(8, 99)),
-    resize=st.sampled_from(["crop", "pad"]),
+    size=st.sampled_from([None, "16:9"]) | st.tuples(st.integers(8, 99), st.integers(8, 99)),
+    resize=st.sampled_from(["crop", "blur"]),
+    focus=st.lists(st.sampled_from(["center", "0.3,0.7"]), max_size=2).map(tuple),
     loop=st.booleans(),
     seed=st.integers(0, 2**63 - 1),
     fit=st.none() | st.builds(FitConfig, steps=st.integers(1, 99), learning_rate=st.floats(1e-5, 1)),
@@ -156,8 +186,18 @@ RECIPES = st.builds(
         adain=st.booleans(),
         batch_size=st.just("auto") | st.integers(1, 9),
     ),
-    schedule=st.builds(ScheduleConfig, enabled=st.booleans(), method=st.sampled_from(["insert", "two-pass"])),
+    schedule=st.builds(
+        ScheduleConfig,
+        enabled=st.booleans(),
+        method=st.sampled_from(["insert", "two-pass"]),
+        ease=st.sampled_from(["linear", "in-out"]),
+        stretch=st.lists(st.floats(0.1, 9), max_size=3).map(tuple),
+    ),
     frames=st.integers(2, 99),
+    seconds=st.none() | st.floats(0.1, 99),
+    hold=st.lists(st.floats(0, 9), max_size=3).map(tuple),
+    reverse=st.booleans(),
+    quality=st.sampled_from(["small", "best"]),
     fps=st.floats(0.01, 240),
     ping_pong=st.booleans(),
     device=st.none() | st.just("cpu"),
@@ -173,7 +213,10 @@ def test_a_recipe_is_the_same_after_a_file(tmp_path_factory: pytest.TempPathFact
     shutil.rmtree(folder)
 
 
-@given(st.dictionaries(st.sampled_from(sorted({*BY_NAME} - {"lora", "prompt", "model"})), st.just(True)), st.data())
+@given(
+    st.dictionaries(st.sampled_from(sorted({*BY_NAME} - {"lora", "style", "prompt", "model", "focus"})), st.just(True)),
+    st.data(),
+)
 def test_its_command_makes_it_again(names: dict[str, bool], data: st.DataObject) -> None:
     """`typed` finds settings that lead to any recipe that settings have led to."""
     values = {
@@ -184,6 +227,7 @@ def test_its_command_makes_it_again(names: dict[str, bool], data: st.DataObject)
         "fix_lora": st.just(0.5),
         "attention_lambda": st.sampled_from([0.0, 0.3]),
         "guidance": st.just(2.0),
+        "audio": st.just("song.wav"),
         "device": st.just("cpu"),
         "dtype": st.just("float32"),
     }
@@ -241,6 +285,9 @@ def test_a_recipe_written_by_hand(tmp_path: Path) -> None:
         ("[fit]\nstep = 3", "the key 'fit.step' is not known; did you mean fit.steps?"),
         ("fit = 3", "fit is 3, but must be a table of settings or false"),
         ("sample = false", "sample is False, but must be a table of settings."),
+        ("frames = 3\nseconds = 3", "frames and seconds contradict each other: leave one out"),
+        ("schedule.ease = 'slow'", 'schedule.ease: ease is \'slow\', but must be "linear", "in", "out" or "in-out"'),
+        ("schedule.stretch = [1, 0]", "schedule.stretch: stretch is 0, but must be a number above 0"),
         ("frames = '12'", "frames is '12', but must be a whole number"),
         ("frames = 1.5", "frames is 1.5, but must be a whole number"),
         ("[fit]\nsteps = 'many'", "fit.steps: LoRA steps is 'many', but must be a whole number"),

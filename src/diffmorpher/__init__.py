@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import FitConfig, SampleConfig, ScheduleConfig
     from .errors import Cancelled, DiffMorpherError, UserError
+    from .files.cache import Cache
     from .files.films import read_settings
     from .files.loras import Lora, load_lora, save_lora
     from .morpher import Morpher
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .result import MorphResult
 
 _WHERE = {
+    "Cache": "files.cache",
     "FitConfig": "config",
     "SampleConfig": "config",
     "ScheduleConfig": "config",
@@ -33,6 +35,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "Cache",
     "Cancelled",
     "DiffMorpherError",
     "FitConfig",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from .errors import ConfigError
@@ -22,7 +22,8 @@ class Limits:
     """What a setting may be: a whole number (`int`), a number (`float`), `bool`, or one of the words in `choices`.
 
     label: what people call it. low, high: both allowed, unless `above` says that low itself is not. words: allowed beside
-    numbers. optional: None is allowed. allowed: how an error says all this, where that is not made from the rest.
+    numbers. optional: None is allowed. allowed: how an error says all this, where that is not made from the rest. many: a tuple
+    of such, which may be empty.
     """
 
     label: str
@@ -33,13 +34,18 @@ class Limits:
     choices: tuple[str, ...] = ()
     optional: bool = False
     allowed: str = ""
+    many: bool = False
 
     def check(self, value: Any) -> None:
         """Raises `ConfigError`, naming the setting and what it may be."""
+        if self.many and isinstance(value, (tuple, list)):
+            for each in value:
+                replace(self, many=False).check(each)
+            return
         if (self.optional and value is None) or (isinstance(value, str) and value in self.choices):
             return
-        good = {bool: _is_bool, int: _is_int, float: _is_real}.get(self.kind, _never)(value)
-        if not (good and (self.kind is bool or self._within(value))):
+        good = {bool: _is_bool, int: _is_int, float: is_real}.get(self.kind, _never)(value)
+        if self.many or not (good and (self.kind is bool or self._within(value))):
             raise ConfigError(f"{self.label} is {value!r}, but must be {self.allowed or self._described()}.")
 
     def _within(self, value: float) -> bool:
@@ -78,6 +84,12 @@ def check_limits(config: Any) -> None:
         limits.check(getattr(config, name))
 
 
+def numbers(value: Any) -> Any:
+    """One number, or a list of them, as a tuple of floats; anything else as it is, for the limits to refuse."""
+    given = value if isinstance(value, (tuple, list)) else (value,)
+    return tuple(map(float, given)) if all(map(is_real, given)) else value
+
+
 def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -86,7 +98,8 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_real(value: Any) -> bool:
+def is_real(value: Any) -> bool:
+    """Whether it is a finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -174,6 +187,9 @@ class SampleConfig:
 ScheduleMethod = Literal["insert", "two-pass"]
 _METHODS = get_args(ScheduleMethod)
 
+#: How the speed on the way from one picture to the next changes: a curve in `method/schedule.py`.
+Ease = Literal["linear", "in", "out", "in-out"]
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -183,6 +199,8 @@ class ScheduleConfig:
         paper's: all frames evenly in alpha first, then all of them again.
     rounds: of the insertion. spare: frames made beyond those asked for, so that those that fit worst can be left out (fewer in
         films of less than 7 times as many). most: gaps settled so; the rest of a longer film is spread over these.
+    ease: "in" leaves each picture slowly, "out" comes slowly to the next, "in-out" both; a bend of the even speed.
+    stretch: how long the ways from picture to picture take in proportion to each other; () lets the pictures decide.
     """
 
     enabled: bool = setting(True, "rescheduling", bool)
@@ -190,9 +208,35 @@ class ScheduleConfig:
     rounds: int = setting(2, "rounds", int, low=1)
     spare: int = setting(2, "spare", int, low=0)
     most: int = setting(60, "most", int, low=1)
+    ease: Ease = setting("linear", "ease", str, choices=get_args(Ease))
+    stretch: tuple[float, ...] = setting((), "stretch", low=0, above=True, many=True)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stretch", numbers(self.stretch))
         check_limits(self)
+
+    def check_images(self, num_images: int, loop: bool = False) -> None:
+        """Raise `ConfigError` where there is not one stretch for each way between neighbouring images."""
+        ways = num_images if loop else num_images - 1
+        if len(self.stretch) not in (0, ways):
+            where = " in a loop" if loop else ""
+            raise ConfigError(
+                f"{len(self.stretch)} stretches were given for {num_images} pictures{where}: give {ways}."
+            )
+
+
+def check_prompts(prompts: Any) -> list[str]:
+    """The prompts, None as no text. Raises `ConfigError` for what is no list of texts, or holds bytes that are no UTF-8."""
+    if not isinstance(prompts, (list, tuple)) or not all(
+        prompt is None or isinstance(prompt, str) for prompt in prompts
+    ):
+        raise ConfigError(f"the prompts are {prompts!r}, but must be a text, or a list of texts.")
+    for prompt in prompts:
+        try:
+            (prompt or "").encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"the prompt {prompt!r} is not UTF-8: type it again in a terminal that is.") from error
+    return [prompt or "" for prompt in prompts]
 
 
 def stretches_and_gaps(num_frames: int, num_images: int, loop: bool = False) -> tuple[int, int]:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from .errors import ImageError, RecipeError
+from .files.atomic import file_hash
+from .files.focus import settled_focus
 from .files.pictures import image_hash, load_image
-from .models.catalog import CATALOG
+from .files.sound import read_sound
 from .recipe import Recipe
+from .settings import split_weight
 
 
 def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tuple[Recipe, list[Image.Image]]:
@@ -34,7 +38,7 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
         places = [Path(os.path.expanduser(name))] if given else _places(recipe, name)
         match, others = None, []
         for place in places:
-            picture = load_image(place)
+            picture = load_image(place, recipe.transparent)
             if wanted in (None, image_hash(picture)):
                 match = place, picture
                 break
@@ -53,11 +57,15 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
         raise ImageError(
             f"{one!r} and {other!r} are the same picture, so there is nothing to morph: give two that differ."
         )
-    loras = _lora_files(recipe)
-    digests = [_digest(file) for file in loras]
+    loras, lora_hashes = _lora_files(recipe, "loras", recipe.lora_hashes)
+    styles, style_hashes = _lora_files(recipe, "styles", recipe.style_hashes)
     prompts = (recipe.prompts or ("",)) * (1 if len(recipe.prompts) > 1 else len(files))
-    found = replace(recipe, prompts=prompts, pictures=tuple(files), picture_hashes=tuple(hashes), model=_model(recipe))
-    return replace(found, loras=tuple(loras), lora_hashes=tuple(digests)), pictures
+    found = replace(
+        recipe, prompts=prompts, pictures=tuple(files), picture_hashes=tuple(hashes), model=recipe.model_place()
+    )
+    found = replace(found, focus=settled_focus(recipe.focus, pictures))
+    found = replace(found, loras=loras, lora_hashes=lora_hashes, styles=styles, style_hashes=style_hashes)
+    return replace(found, **_sound(recipe)), pictures
 
 
 def same_neighbours(hashes: Sequence[str], loop: bool) -> tuple[int, int] | None:
@@ -69,25 +77,40 @@ def same_neighbours(hashes: Sequence[str], loop: bool) -> tuple[int, int] | None
     return None
 
 
-def _lora_files(recipe: Recipe) -> list[str]:
-    files = []
-    for name, wanted in zip(recipe.loras, recipe.lora_hashes or [None] * len(recipe.loras), strict=True):
-        places = _places(recipe, name, "loras")
+def _lora_files(recipe: Recipe, key: str, hashes: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where the LoRAs or styles are, with their weights, and their hashes."""
+    files, digests = [], []
+    for text, wanted in zip(getattr(recipe, key), hashes or repeat(None), strict=bool(hashes)):
+        name, weight = split_weight(text)
+        places = _places(recipe, name, key)
         for file in places:
             if not os.path.isfile(file):
                 raise RecipeError(f"the LoRA {str(file)!r} does not exist or is a folder: check the path.")
-        match = next((file for file in places if wanted in (None, _digest(file))), None)
+        found = {file: file_hash(file) for file in places}
+        match = next((file for file in places if wanted in (None, found[file])), None)
         if match is None:
             raise RecipeError(
-                f"loras: {str(places[0])!r} is another file than {recipe.origin or 'the recipe'} was made with: "
+                f"{key}: {str(places[0])!r} is another file than {recipe.origin or 'the recipe'} was made with: "
                 "give that one."
             )
-        files.append(str(match))
-    return files
+        files.append(f"{match}{weight}")
+        digests.append(found[match])
+    return tuple(files), tuple(digests)
 
 
-def _digest(file: str | os.PathLike[str]) -> str:
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+def _sound(recipe: Recipe) -> dict[str, Any]:
+    """The sound's file and hash, after a look whether it is one."""
+    if recipe.audio is None:
+        return {}
+    places = _places(recipe, recipe.audio, "audio")
+    for file in places:
+        read_sound(file, 0.1)
+    match = next((file for file in places if recipe.audio_hash in (None, file_hash(file))), None)
+    if match is None:
+        raise RecipeError(
+            f"audio: {str(places[0])!r} is another file than {recipe.origin or 'the recipe'} was made with: give that one."
+        )
+    return {"audio": str(match), "audio_hash": file_hash(match)}
 
 
 def _places(recipe: Recipe, name: str, key: str = "pictures") -> list[Path]:
@@ -100,9 +123,3 @@ def _places(recipe: Recipe, name: str, key: str = "pictures") -> list[Path]:
         hint = f"; give them: morph --from {recipe.origin} {' '.join(recipe.pictures)}" if key == "pictures" else ""
         raise RecipeError(f"{key}: {name!r} is neither beside {recipe.origin} nor in the working folder{hint}.")
     return there
-
-
-def _model(recipe: Recipe) -> str:
-    """A model that lies beside the recipe by that name; else what is written there."""
-    beside = None if recipe.origin is None or recipe.model in CATALOG else recipe.origin.parent / recipe.model
-    return str(beside) if beside is not None and os.path.exists(beside) else recipe.model

@@ -4,37 +4,51 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from operator import index
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 
+from .arguments import (
+    Styling,
+    check,
+    check_frames,
+    check_images,
+    check_pace,
+    fit_config,
+    name_each,
+    one_each,
+    read_loras,
+    style_list,
+    whole_seed,
+)
 from .config import NUM_FRAMES, FitConfig, SampleConfig, ScheduleConfig, stretches_and_gaps
 from .errors import ConfigError
-from .files.loras import Lora, load_lora
-from .files.pictures import ImageSource, fit_image, image_hash, load_image
+from .files.cache import NOT_KEPT, Cache, Kept
+from .files.loras import Lora
+from .files.pictures import ImageSource, image_hash
+from .framing import framed, warn_of, warn_of_photographs, working_size
 from .gather import gather
+from .inputs import encode, fitted, given_bank
 from .method.attention import check_mode
-from .method.fit import fit_loras
 from .method.lora import LoraBank
-from .models.catalog import ModelSpec, bare_name
-from .models.conditioning import Conditioning
-from .models.loading import as_backbone, choose_device, choose_dtype, load_pipeline
+from .method.style import Styles
+from .models.catalog import ModelSpec, bare_name, family_spec
+from .models.loading import as_backbone, choose_device, load_pipeline
+from .models.memory import explained
 from .models.single_file import Prediction
-from .path import MorphPath, to_pixels
+from .models.turns import in_turn
+from .path import MorphPath
 from .progress import ProgressCallback, Stopwatch
-from .recipe import VERSION as RECIPE_VERSION
-from .recipe import Recipe
+from .recipe import VERSION, Recipe
 from .result import MorphResult
-from .stream import FrameStream
+from .stream import FrameStream, Helpers
 
+Resize = Literal["crop", "pad", "blur"]
 #: Takes a film's frames, as they are made, and its settings.
 Writer = Callable[[Iterable[Image.Image], dict[str, Any]], object]
 
@@ -42,23 +56,35 @@ Writer = Callable[[Iterable[Image.Image], dict[str, Any]], object]
 class Morpher:
     """A diffusion model that morphs.
 
-    pipe: a diffusers pipeline of Stable Diffusion 1.x, 2.x, XL, 3.x or FLUX.1, on the device and in the dtype to be used; left
-    as it was found. Use `Morpher.from_pretrained` to load one by name. Raises `ModelError` for another kind of pipeline.
+    pipe: a diffusers pipeline of a family that is supported (docs/models.md), on the device and dtype to be used; left as
+    it was found. Use `Morpher.from_pretrained` to load one by name. Raises `ModelError` for another kind.
     low_memory: the same films in less memory and more time: images are encoded and fitted one by one, with gradient
     checkpointing, and frames sampled two at a time. (`from_pretrained` also keeps idle networks off the GPU; for a pipeline of
     your own, `pipe.enable_model_cpu_offload()` does.)
     tf32: on a GPU, let float32 products be rounded to TF32: faster, less exact.
+    cache: where fits (half-finished ones too), inversions and frames that were made before are found, and go to; None does
+    without.
     """
 
+    @in_turn
     def __init__(
-        self, pipe: Any, *, spec: ModelSpec | None = None, name: str = "", low_memory: bool = False, tf32: bool = False
+        self,
+        pipe: Any,
+        *,
+        spec: ModelSpec | None = None,
+        name: str = "",
+        low_memory: bool = False,
+        tf32: bool = False,
+        cache: Cache | None = None,
     ) -> None:
         self.backbone = as_backbone(pipe, name, low_memory, tf32)
-        self.spec = spec or ModelSpec("", "")
+        self.spec = spec or family_spec(self.backbone.network_part)
+        self.cache = cache
         self.load_seconds = 0.0
         self.prediction: Prediction | None = None
 
     @classmethod
+    @in_turn
     def from_pretrained(
         cls,
         model: str = "mini",
@@ -68,16 +94,18 @@ class Morpher:
         low_memory: bool = False,
         tf32: bool = False,
         prediction: Prediction | None = None,
+        cache: Cache | None = None,
     ) -> Morpher:
         """Load a model: a name of the catalog ("mini" is bundled), a hub id, a folder, or a .safetensors file.
 
-        device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one. low_memory, tf32: as in the
-        class. prediction: "epsilon" or "v", for a file that does not say what its U-Net predicts. Raises `ModelError`.
+        device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one, and bfloat16 for more than
+        500 M parameters on a CPU that multiplies in it (AVX-512 BF16, AMX). low_memory, tf32, cache: as in the class.
+        prediction: "epsilon" or "v", for a file that does not say what its U-Net predicts. Raises `ModelError`.
         """
         started = time.perf_counter()
         on = choose_device(device)
-        pipe, spec = load_pipeline(str(model), on, choose_dtype(dtype, on), low_memory, prediction)
-        morpher = cls(pipe, spec=spec, name=bare_name(str(model)), low_memory=low_memory, tf32=tf32)
+        pipe, spec = load_pipeline(str(model), on, dtype, low_memory, prediction)
+        morpher = cls(pipe, spec=spec, name=bare_name(str(model)), low_memory=low_memory, tf32=tf32, cache=cache)
         morpher.prediction = prediction
         morpher.load_seconds = time.perf_counter() - started
         return morpher
@@ -89,6 +117,7 @@ class Morpher:
 
     # ---- the slow part
 
+    @in_turn
     def prepare(
         self,
         images: Sequence[ImageSource],
@@ -97,60 +126,69 @@ class Morpher:
         fit: FitConfig | Literal["recommended"] | None = "recommended",
         seed: int = 0,
         *,
-        size: Sequence[int] | None = None,
-        resize: Literal["crop", "pad"] = "crop",
+        size: Sequence[int] | str | None = None,
+        resize: Resize = "crop",
+        focus: str | Sequence[str] = (),
+        styles: Styling = (),
+        transparent: bool = False,
         steps: int | None = None,
         loop: bool = False,
         progress: ProgressCallback | None = None,
     ) -> MorphPath:
         """Encode the images, fit a LoRA to each, invert them: once, for any number of frames after.
 
-        images: two or more. prompts: one for all, one each, or none. loras: one file (or `Lora`) per image, instead of
-        fitting. fit: "recommended" takes the model's own settings, else the paper's; None without `loras` means no LoRA.
-        size: (width, height), multiples of the VAE's factor; None takes the model's. resize: "crop" fills that size and
-        cuts what stands over, "pad" shows all of each image on white. steps: of the inversion, as in `SampleConfig`;
-        None takes the model's.
-        loop: a path that returns to the first image. Raises `ConfigError`, `ImageError`, `LoraError`.
+        images: two or more. prompts: one for all, one each, or none. loras: one file, "FILE:WEIGHT" or `Lora` for all or one
+        each, in place of fitting. fit: "recommended" takes what suits the model (`models.catalog`); None is no LoRA.
+        size: (width, height), multiples of the VAE's factor, or a shape such as "16:9"; None takes the model's. resize: "crop"
+        fills that size and cuts what stands over, "pad" shows all of each image on white, "blur" on itself, enlarged and
+        blurred. focus: what a crop has in its middle, "center", "auto" or "X,Y" in shares of width and height; one for all, one
+        each, or none. styles: LoRAs of others that act on every frame and on the fit. transparent: frames are RGBA, with the
+        images' transparency, which is white else. steps: of the inversion; None takes the model's. loop: a path that returns to
+        the first image. Raises `ConfigError`, `ImageError`, `LoraError`.
         """
-        _check_images(images)
+        check_images(images)
+        check(progress=progress, loop=loop)
+        seed, size = whole_seed(seed), self._checked_size(size)
         sample = self.spec.sample if steps is None else replace(self.spec.sample, steps=steps)
-        size = self.working_size(size)
-        texts = _one_each(prompts, len(images))
-        loaded = [load_image(image) for image in images]
-        pictures = [fit_image(image, size, resize) for image in loaded]
-        hashes = [image_hash(picture) for picture in pictures]
+        texts = one_each(prompts, len(images))
+        shown = framed(images, size, resize, focus, transparent)
+        warn_of_photographs(shown.whole, name_each(images, "image"), self.spec.photographs, stacklevel=3)
+        hashes = [image_hash(picture) for picture in shown.pictures]
         settings: dict[str, Any] = {
-            "pictures": [_name(image, k) for k, image in enumerate(images)],
-            "picture_hashes": [image_hash(image) for image in loaded],
+            "pictures": name_each(images, "image"),
+            "picture_hashes": [image_hash(image) for image in shown.whole],
             "images": hashes,
             "prompts": texts,
             "size": list(size),
             "resize": resize,
+            **({"focus": list(shown.focus)} if any(shown.focus) else {}),
+            "transparent": transparent,
             "seed": seed,
             "loop": loop,
         }
-        mean, std, conditioning = self._encode(pictures, texts)
+        if given := style_list(styles):
+            settings["styles"] = name_each(given, "style")
+        acting = Styles.of(*read_loras(given, text=True), self.backbone)
+        with acting.attached(self.backbone):
+            mean, std, conditioning = encode(self.backbone, shown.pictures, texts)
 
         bank: LoraBank | None = None
         if loras is not None:
-            files = [loras] if isinstance(loras, (str, os.PathLike)) else loras
-            if len(files) != len(images):
-                raise ConfigError(f"{len(files)} LoRA files were given for {len(images)} images; give one for each.")
-            names = [f"LoRA {k}" if isinstance(lora, Lora) else str(lora) for k, lora in enumerate(files)]
-            fitted = [lora if isinstance(lora, Lora) else load_lora(lora) for lora in files]
-            for lora, name, digest in zip(fitted, names, hashes, strict=True):
-                if lora.metadata.get("image_hash", digest) != digest:
-                    warnings.warn(f"{name} was fitted to another picture, or at another size.", stacklevel=2)
-            bank = LoraBank.stack(fitted, self.backbone.network, names, mean.device)
+            bank, names = given_bank(self.backbone, loras, hashes)
             settings["loras"] = [Path(name).name for name in names]
         elif fit is not None:
-            config = self._fit_config(fit)
-            bank = self._fit(mean, std, conditioning, config, seed, progress, texts, hashes)
+            config = fit_config(fit, self.spec.fit)
+            with acting.attached(self.backbone):
+                kept = self._kept(acting)
+                bank = fitted(self.backbone, mean, std, conditioning, config, seed, progress, texts, hashes, kept)
             settings["fit"] = asdict(config)
         else:
             settings["fit"] = False
 
-        path = MorphPath(self.backbone, mean, conditioning, bank, texts, loop, settings, sample)
+        path = MorphPath(
+            self.backbone, mean, conditioning, bank, texts, loop, settings, sample, styles=acting, opacity=shown.opacity,
+            cache=self.cache,
+        )  # fmt: skip
         path.noises_at(sample.steps, progress)
         return path
 
@@ -160,14 +198,15 @@ class Morpher:
         prompt: str = "",
         fit: FitConfig | Literal["recommended"] = "recommended",
         seed: int = 0,
-        *,
-        size: Sequence[int] | None = None,
-        resize: Literal["crop", "pad"] = "crop",
-        progress: ProgressCallback | None = None,
+        **options: Any,
     ) -> Lora:
-        """Fit one image's LoRA, the same as `prepare` would, to be written with `save_lora` and passed in `loras` later."""
-        return self.fit_all([image], prompt, fit, seed, size=size, resize=resize, progress=progress)[0]
+        """Fit one image's LoRA, the same as `prepare` would, to be written with `save_lora` and passed in `loras` later.
 
+        options: size, resize, focus, styles and progress, as in `prepare`.
+        """
+        return self.fit_all([image], prompt, fit, seed, **options)[0]
+
+    @in_turn
     def fit_all(
         self,
         images: Sequence[ImageSource],
@@ -175,61 +214,44 @@ class Morpher:
         fit: FitConfig | Literal["recommended"] = "recommended",
         seed: int = 0,
         *,
-        size: Sequence[int] | None = None,
-        resize: Literal["crop", "pad"] = "crop",
+        size: Sequence[int] | str | None = None,
+        resize: Resize = "crop",
+        focus: str | Sequence[str] = (),
+        styles: Styling = (),
         progress: ProgressCallback | None = None,
     ) -> list[Lora]:
         """Fit one LoRA to each of one or more images, all in one batch, as `prepare` does."""
-        texts = _one_each(prompts, len(images))
-        pictures = [fit_image(load_image(image), self.working_size(size), resize) for image in images]
-        mean, std, conditioning = self._encode(pictures, texts)
+        check_images(images, least=1)
+        check(progress=progress)
+        seed, size, texts = whole_seed(seed), self._checked_size(size), one_each(prompts, len(images))
+        pictures = framed(images, size, resize, focus).pictures
         hashes = [image_hash(picture) for picture in pictures]
-        bank = self._fit(mean, std, conditioning, self._fit_config(fit), seed, progress, texts, hashes)
+        acting = Styles.of(*read_loras(style_list(styles), text=True), self.backbone)
+        with acting.attached(self.backbone):
+            mean, std, conditioning = encode(self.backbone, pictures, texts)
+            config = fit_config(fit, self.spec.fit)
+            kept = self._kept(acting)
+            bank = fitted(self.backbone, mean, std, conditioning, config, seed, progress, texts, hashes, kept)
         return [bank.lora(k) for k in range(len(images))]
 
-    def _fit_config(self, fit: FitConfig | str) -> FitConfig:
-        if isinstance(fit, FitConfig):
-            return fit
-        if fit != "recommended":
-            raise ConfigError(f'fit is {fit!r}, but must be a FitConfig, "recommended", or None for no LoRA.')
-        return self.spec.fit
+    def _kept(self, styles: Styles) -> Kept:
+        return Kept.of(self.cache, self.backbone.identity(), styles.tensors) if self.cache else NOT_KEPT
 
-    def _encode(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> tuple[Tensor, Tensor, Conditioning]:
-        with torch.no_grad(), self.backbone.borrowed():
-            mean, std = self.backbone.encode(to_pixels(pictures))
-            return mean, std, self.backbone.encode_prompts(prompts)
+    def working_size(self, size: Sequence[int] | str | None = None) -> tuple[int, int]:
+        """(width, height) in pixels that the model can work at; None takes its own, a shape the nearest that suits it."""
+        return working_size(self.backbone, self.own_size if size is None or isinstance(size, str) else (0, 0), size)
 
-    def _fit(
-        self,
-        mean: Tensor,
-        std: Tensor,
-        conditioning: Conditioning,
-        config: FitConfig,
-        seed: int,
-        progress: ProgressCallback | None,
-        prompts: Sequence[str],
-        hashes: Sequence[str],
-    ) -> LoraBank:
-        bank = fit_loras(self.backbone, mean, std, conditioning, config, seed, progress)
-        for metadata, prompt, digest in zip(bank.metadata, prompts, hashes, strict=True):
-            metadata |= {"prompt": prompt, "model": self.backbone.name, "image_hash": digest}
-        return bank
-
-    def working_size(self, size: Sequence[int] | None = None) -> tuple[int, int]:
-        """(width, height) in pixels that the model can work at; None takes its own."""
-        factor, smallest = self.backbone.size_multiple, self.backbone.smallest_side
-        try:
-            width, height = map(index, size or self.spec.size or self.backbone.native_size)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"the size is {size!r}, but must be two whole numbers, (width, height).") from error
-        for side in (width, height):
-            if not smallest <= side <= 4096 or side % factor:
-                near = min(4096, max(smallest, round(side / factor) * factor))
-                raise ConfigError(
-                    f"the size {width}x{height} cannot be used: each side must be a multiple of {factor} "
-                    f"from {smallest} to 4096; for {side} take {near}."
-                )
+    @property
+    def own_size(self) -> tuple[int, int]:
+        """(width, height) that the model was made for."""
+        width, height = self.spec.size or self.backbone.native_size
         return width, height
+
+    def _checked_size(self, size: Sequence[int] | str | None) -> tuple[int, int]:
+        """`working_size`, with a warning where that is far from what the model was made for."""
+        checked = self.working_size(size)
+        warn_of(checked, self.own_size, stacklevel=4)  # whoever called `prepare` or `fit_all`
+        return checked
 
     # ---- the film
 
@@ -241,26 +263,36 @@ class Morpher:
         schedule: ScheduleConfig | None = None,
         progress: ProgressCallback | None = None,
         write: Writer | None = None,
+        pace: Sequence[float] | None = None,
+        helpers: Helpers | None = None,
     ) -> MorphResult:
         """Sample a prepared path at `num_frames` positions, evenly spaced by perceptual distance.
 
         In a loop the last frame leads back to the first, which is not repeated. write: a function that is given the frames
         as they are made, and the film's settings; they are then not kept in the result, so that a film of any length needs no
-        more memory than a short one. Raises `ConfigError` if the frames are fewer than the images.
+        more memory than a short one. pace: how much of the way is to be covered between each frame and the next, in
+        proportion, in place of equal parts. helpers: others who make frames too. Raises `ConfigError` if the frames are fewer
+        than the images.
         """
+        if not isinstance(path, MorphPath):
+            raise ConfigError(f"the path is {path!r:.100}, but must be a MorphPath, as prepare() gives it.")
+        check(sample, schedule, progress, write)
         sample, schedule = sample or path.sample_config, schedule or ScheduleConfig()
-        _check_frames(num_frames)
-        rows_before = self.backbone.unet_rows
-        stream = FrameStream(path, num_frames, sample, schedule, progress)
-        stream.plan()
+        check_frames(num_frames)
+        check_pace(pace, stretches_and_gaps(num_frames, path.num_images, path.loop)[1])
+        backbone = path.backbone
+        rows_before = backbone.unet_rows
+        stream = FrameStream(path, num_frames, sample, schedule, progress, pace, helpers)
+        with explained(backbone, "space the frames", path.cells):
+            stream.plan()
         settings = {
-            "recipe": RECIPE_VERSION,
+            "recipe": VERSION,
             "diffmorpher": version("diffmorpher"),
-            "model": self.backbone.name,
-            "device": str(self.backbone.device),
-            "dtype": str(self.backbone.network.dtype).removeprefix("torch."),
-            "low_memory": self.backbone.low_memory,
-            "tf32": self.backbone.tf32,
+            "model": backbone.name,
+            "device": str(backbone.device),
+            "dtype": str(backbone.network.dtype).removeprefix("torch."),
+            "low_memory": backbone.low_memory,
+            "tf32": backbone.tf32,
             **({"prediction": self.prediction} if self.prediction else {}),  # else the model says it
             **path.settings,
             "frames": num_frames,
@@ -269,20 +301,14 @@ class Morpher:
             "alphas": stream.positions,
         }
         frames: list[Image.Image] = []
-        if write is None:
-            frames += stream
-        else:
-            write(stream, settings)
-        return MorphResult(
-            frames,
-            stream.positions,
-            stream.distances,
-            stream.seconds,
-            self.backbone.unet_rows - rows_before,
-            settings,
-            path,
-            stream.distances_before,
-        )
+        with explained(backbone, "make the film", path.cells):
+            if write is None:
+                frames += stream
+            else:
+                write(stream, settings)
+        rows = backbone.unet_rows - rows_before
+        made = (stream.positions, stream.distances, stream.seconds, rows, settings, path)
+        return MorphResult(frames, *made, stream.distances_before, stream.ghosts)
 
     def make(
         self,
@@ -290,32 +316,28 @@ class Morpher:
         pictures: Sequence[Image.Image] | None = None,
         progress: ProgressCallback | None = None,
         write: Writer | None = None,
+        helpers: Helpers | None = None,
     ) -> MorphResult:
         """The film of a recipe, whose model, device and dtype are this Morpher's affair.
 
-        pictures: the recipe's, where they are in memory already (by `gather`); None reads them. write: as in `film`.
+        pictures: the recipe's, where they are in memory already (by `gather`); None reads them. write, helpers: as in `film`.
         Raises `RecipeError` for pictures that are missing or other ones.
         """
         if pictures is None:
             recipe, pictures = gather(recipe)
-        about = {name: value for name, value in recipe.document().items() if name in _FILM_KEYS}
+        count = recipe.frame_count(len(pictures))
+        sound = {"audio": recipe.audio} if recipe.audio else {}  # where it lies, which no file says
         result = self(
             pictures,
-            recipe.prompts or None,
-            recipe.frames,
-            loras=recipe.loras or None,
-            fit=recipe.fit,
-            sample=recipe.sample,
-            schedule=recipe.schedule,
-            size=recipe.size,
-            resize=recipe.resize,
-            loop=recipe.loop,
-            seed=recipe.seed,
+            num_frames=count,
+            **recipe.options(),
             progress=progress,
-            write=write and (lambda frames, settings: write(frames, settings | about)),
+            write=write and (lambda frames, settings: write(frames, recipe.about_film(settings) | sound)),
+            pace=recipe.pace(count),
+            helpers=helpers,
         )
-        result.path.settings |= about
-        return replace(result, settings=result.settings | about)
+        result.path.settings = recipe.about_film(result.path.settings)
+        return replace(result, settings=recipe.about_film(result.settings) | sound)
 
     def __call__(
         self,
@@ -327,20 +349,27 @@ class Morpher:
         fit: FitConfig | Literal["recommended"] | None = "recommended",
         sample: SampleConfig | None = None,
         schedule: ScheduleConfig | None = None,
-        size: Sequence[int] | None = None,
-        resize: Literal["crop", "pad"] = "crop",
+        size: Sequence[int] | str | None = None,
+        resize: Resize = "crop",
+        focus: str | Sequence[str] = (),
+        styles: Styling = (),
+        transparent: bool = False,
         loop: bool = False,
         seed: int = 0,
         progress: ProgressCallback | None = None,
         write: Writer | None = None,
+        pace: Sequence[float] | None = None,
+        helpers: Helpers | None = None,
     ) -> MorphResult:
         """Pictures to a film in one call: `prepare`, then `film`; see there for what each setting means."""
+        check(sample, schedule, progress, write, loop)  # what cannot work is said before the slow part
         sample = sample or self.spec.sample
         rows_before = self.backbone.unet_rows
         watch = Stopwatch(progress)
-        _check_images(images)  # what cannot work is said before the slow part
-        _check_frames(num_frames)
-        stretches_and_gaps(num_frames, len(images), loop)
+        check_images(images)
+        check_frames(num_frames)
+        check_pace(pace, stretches_and_gaps(num_frames, len(images), loop)[1])
+        (schedule or ScheduleConfig()).check_images(len(images), loop)
         sample.check_images(len(images))
         check_mode(self.backbone, sample.attention_mode)
         path = self.prepare(
@@ -351,38 +380,14 @@ class Morpher:
             seed,
             size=size,
             resize=resize,
+            focus=focus,
+            styles=styles,
+            transparent=transparent,
             steps=sample.steps,
             loop=loop,
             progress=watch,
         )
         seconds = {"load": self.load_seconds, **watch.seconds("fit", "invert")}
-        result = self.film(path, num_frames, sample, schedule, progress, write)
+        result = self.film(path, num_frames, sample, schedule, progress, write, pace, helpers)
         rows = self.backbone.unet_rows - rows_before
         return replace(result, seconds=seconds | result.seconds, unet_rows=rows)
-
-
-#: What a recipe says of a film beyond what `prepare` and `film` know.
-_FILM_KEYS = ("pictures", "picture_hashes", "loras", "lora_hashes", "fps", "ping_pong")
-
-
-def _name(image: ImageSource, k: int) -> str:
-    """A picture's name as it goes into a film: without its folder."""
-    return Path(image).name if isinstance(image, (str, os.PathLike)) else f"image {k}"
-
-
-def _check_images(images: Any) -> None:
-    if isinstance(images, (str, os.PathLike, Image.Image)) or not hasattr(images, "__len__") or len(images) < 2:
-        raise ConfigError("a morph needs at least two images; give a list of two or more.")
-
-
-def _check_frames(num_frames: Any) -> None:
-    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 2:
-        raise ConfigError(f"frames is {num_frames!r}, but must be a whole number of at least 2.")
-
-
-def _one_each(prompts: str | Sequence[str] | None, count: int) -> list[str]:
-    if prompts is None or isinstance(prompts, str):
-        return [prompts or ""] * count
-    if len(prompts) not in (1, count):
-        raise ConfigError(f"{len(prompts)} prompts were given for {count} images; give one for all, one each, or none.")
-    return [prompt or "" for prompt in prompts] * (count if len(prompts) == 1 else 1)

@@ -6,21 +6,30 @@ from which it can be made again. The names of its settings, their help and limit
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
-import shlex
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import combinations
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from .config import FPS, NUM_FRAMES, FitConfig, SampleConfig, ScheduleConfig, stretches_and_gaps
+from .commands import command_line, fewest_settings
+from .config import (
+    FPS,
+    NUM_FRAMES,
+    FitConfig,
+    SampleConfig,
+    ScheduleConfig,
+    check_prompts,
+    numbers,
+    stretches_and_gaps,
+)
+from .documents import LISTS, as_stored, check_keys, checked, of_text, plain, section, seen_from, texts
 from .errors import ConfigError, RecipeError
+from .files.playback import Playback, Quality
 from .files.recipes import read_document, write_document
-from .models.catalog import CATALOG, ModelSpec, bare_name
-from .settings import BY_NAME, CONFIGS, LIMITS, PRESETS, SETTINGS, VALUE, check_size, parse_size
+from .files.sound import beat
+from .models.catalog import CATALOG, bare_name, spec_of
+from .settings import BY_NAME, CONFIGS, LIMITS, PRESETS, check_size, parse_focus, parse_weighted
 
 #: Of the form in which recipes are stored: raise it when an older program would misread a newer recipe.
 VERSION = 1
@@ -33,11 +42,17 @@ _RECOMMENDED: Any = "recommended"
 class Recipe:
     """Everything that determines a film, complete: what is not given is what suits the model, or else the paper's.
 
-    pictures: two files or more. prompts: one for all, one each, or none. loras: one file each, in place of fitting.
-    picture_hashes, lora_hashes: of their contents, where they are known; what is found is then checked.
-    size: (width, height); None for the model's. fit: None for no LoRA at all (or with `loras`). device, dtype: None for the
-    best here. prediction: None for what the model says. origin: the file that it was read from, beside which pictures are
-    looked for.
+    What suits a model that the catalog does not have is what suits its family; of a hub id that is not in the cache yet no
+    family is known (`models.catalog.look_up` fetches what says it).
+
+    pictures: two files or more. prompts: one for all, one each, or none. loras: one file for all or one each, in place of
+    fitting. styles: LoRAs that act on every frame; of both, "FILE:WEIGHT" is at that strength. picture_hashes, lora_hashes,
+    style_hashes: of their contents, where they are known; what is found is then checked.
+    size: (width, height), or a shape of `SHAPES`; None for the model's. focus: one for all, one each, or none. fit: None for no
+    LoRA at all (or with `loras`). device, dtype: None for the best here. seconds: the film's length, in place of frames.
+    hold ... quality: as in `Playback`. transparent: frames keep the pictures' transparency.
+    audio: a file whose sound a video gets; beat: the frames follow it. prediction: None for
+    what the model says. origin: the file that it was read from, beside which pictures are looked for.
     Raises `ConfigError` for a value that cannot be.
     """
 
@@ -46,17 +61,28 @@ class Recipe:
     loras: tuple[str, ...] = ()
     picture_hashes: tuple[str, ...] = ()
     lora_hashes: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    style_hashes: tuple[str, ...] = ()
     model: str = "mini"
-    size: tuple[int, int] | None = None
-    resize: Literal["crop", "pad"] = "crop"
+    size: tuple[int, int] | str | None = None
+    resize: Literal["crop", "pad", "blur"] = "crop"
+    focus: tuple[str, ...] = ()
     loop: bool = False
     seed: int = 0
     fit: FitConfig | None = _RECOMMENDED
     sample: SampleConfig = _RECOMMENDED
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     frames: int = NUM_FRAMES
+    seconds: float | None = None
     fps: float = FPS
+    hold: tuple[float, ...] = ()
+    reverse: bool = False
     ping_pong: bool = False
+    transparent: bool = False
+    quality: Quality = "good"
+    audio: str | None = None
+    audio_hash: str | None = None
+    beat: bool = False
     device: str | None = None
     dtype: str | None = None
     low_memory: bool = False
@@ -65,17 +91,24 @@ class Recipe:
     origin: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name in _LISTS:
-            object.__setattr__(self, name, _texts(getattr(self, name)))
+        for name in LISTS:
+            object.__setattr__(self, name, texts(getattr(self, name)))
+        object.__setattr__(self, "hold", numbers(self.hold))
+        for each in self.focus:
+            parse_focus(each)
+        for each in (*self.loras, *self.styles):
+            parse_weighted(each)
         if self.size is not None:
             object.__setattr__(self, "size", check_size(self.size))
-        own = CATALOG.get(self.model, ModelSpec(self.model, ""))
+        if self.seconds is not None:
+            object.__setattr__(self, "frames", NUM_FRAMES)  # which then says nothing
         if self.loras:
             object.__setattr__(self, "fit", None)
-        elif isinstance(self.fit, str):
-            object.__setattr__(self, "fit", own.fit)
-        if isinstance(self.sample, str):
-            object.__setattr__(self, "sample", own.sample)
+        if isinstance(self.fit, str) or isinstance(self.sample, str):
+            own = spec_of(self.model_place())
+            for name in ("fit", "sample"):
+                if isinstance(getattr(self, name), str):
+                    object.__setattr__(self, name, getattr(own, name))
         for name, limits in LIMITS[""].items():
             limits.check(getattr(self, name))
         for name, config in CONFIGS.items():
@@ -84,20 +117,67 @@ class Recipe:
 
     def check(self) -> None:
         """Raise `ConfigError` where the numbers of things do not go together."""
+        check_prompts(self.prompts)
         images, prompts, loras = len(self.pictures), len(self.prompts), len(self.loras)
         if images < 2:
             raise ConfigError("a morph needs at least two images: give another one.")
         if prompts not in (0, 1, images):
             raise ConfigError(f"{prompts} prompts were given for {images} images: give one for all, one each, or none.")
-        if loras not in (0, images):
-            raise ConfigError(f"{loras} LoRA files were given for {images} images: give one for each.")
-        for name, files in (("picture_hashes", images), ("lora_hashes", loras)):
+        if len(self.focus) not in (0, 1, images):
+            raise ConfigError(
+                f"{len(self.focus)} focuses were given for {images} images: give one for all, one each, or none."
+            )
+        if loras not in (0, 1, images):
+            raise ConfigError(f"{loras} LoRA files were given for {images} images: give one for all, or one for each.")
+        for name, files in (("picture_hashes", images), ("lora_hashes", loras), ("style_hashes", len(self.styles))):
             if len(getattr(self, name)) not in (0, files):
                 raise ConfigError(
                     f"{name} are {len(getattr(self, name))} for {files} files: give one for each, or none."
                 )
-        stretches_and_gaps(self.frames, images, self.loop)
+        self.check_sound()
+        self.playback.check_images(images)
+        self.schedule.check_images(images, self.loop)
+        stretches_and_gaps(self.frame_count(images), images, self.loop)
         self.sample.check_images(images)
+
+    def model_place(self) -> str:
+        """The model: one that lies beside the recipe by that name, else what is written there."""
+        beside = None if self.origin is None or self.model in CATALOG else self.origin.parent / self.model
+        return str(beside) if beside is not None and os.path.exists(beside) else self.model
+
+    def check_sound(self) -> None:
+        """Raise `ConfigError` where a film cannot follow the beat."""
+        if self.beat and self.audio is None:
+            raise ConfigError("a film that follows the beat needs a sound: give one.")
+        if self.beat and (self.schedule.ease != "linear" or any(self.hold)):
+            raise ConfigError("a film that follows the beat has no easing and no holds: leave out the beat, or these.")
+
+    @property
+    def playback(self) -> Playback:
+        """How its frames are played."""
+        return Playback(self.fps, self.hold, self.reverse, self.ping_pong, self.quality)
+
+    def options(self) -> dict[str, Any]:
+        """What a `Morpher` is called with, beside the pictures, their number of frames and their pace."""
+        names = ("fit", "sample", "schedule", "size", "resize", "focus", "styles", "transparent", "loop", "seed")
+        return {name: getattr(self, name) for name in names} | {
+            name: getattr(self, name) or None for name in ("prompts", "loras")
+        }
+
+    def frame_count(self, images: int) -> int:
+        """How many frames are made of so many pictures. Raises `ConfigError` where `seconds` allow too few or too many."""
+        if self.seconds is None:
+            return self.frames
+        count = self.playback.frames_in(self.seconds, images, self.loop)
+        LIMITS[""]["frames"].check(count)
+        return count
+
+    def pace(self, frames: int) -> list[float] | None:
+        """How much of the way each gap of so many frames covers where the film follows its sound, else None."""
+        if not self.beat or self.audio is None:
+            return None
+        pace = beat(self.audio, frames if self.loop else frames - 1, self.fps)
+        return pace[::-1] if self.reverse else pace
 
     # ---- changing it
 
@@ -107,12 +187,17 @@ class Recipe:
         With another model, what was the old one's recommendation becomes the new one's, and what it predicts is not kept.
         Presets come before all else.
         """
-        _check_keys(typed, list(BY_NAME), "changed()")
+        check_keys(typed, list(BY_NAME), "changed()")
         typed = {name: value for name, value in typed.items() if value is not None and BY_NAME[name].says(value)}
-        for name in {"model", "lora"} & typed.keys() if self.origin else ():  # they are seen from here, not from there
-            places = [typed[name]] if name == "model" else typed[name]
-            seen = [os.path.abspath(each) if each not in CATALOG and os.path.exists(each) else each for each in places]
-            typed[name] = seen[0] if name == "model" else seen
+        for name in (
+            {"model", "lora", "style", "audio"} & typed.keys() if self.origin else ()
+        ):  # seen from here, not from there
+            many = isinstance(typed[name], (list, tuple))
+            seen = [
+                os.path.abspath(each) if each not in CATALOG and os.path.exists(parse_weighted(each)[0]) else each
+                for each in (typed[name] if many else [typed[name]])
+            ]
+            typed[name] = seen if many else seen[0]
         recipe = self._for_model(typed.pop("model", self.model))
         for name, preset in PRESETS.items():
             if typed.pop(name, False):
@@ -121,12 +206,23 @@ class Recipe:
             recipe = BY_NAME[name].put(recipe, value)
         if "lora" in typed or "no_lora" in typed:  # other files, or none
             recipe = replace(recipe, lora_hashes=(), loras=recipe.loras if "lora" in typed else ())
-        return recipe
+        if "style" in typed:
+            recipe = replace(recipe, style_hashes=())
+        if "audio" in typed:
+            recipe = replace(recipe, audio_hash=None)
+        return recipe.in_seconds() if "stretch" in typed and "frames" not in typed else recipe
+
+    def in_seconds(self) -> Recipe:
+        """With as many frames as its stretches take when they are seconds; with a length in seconds they are shares of it."""
+        stretch = self.schedule.stretch
+        if self.seconds is not None or not stretch:
+            return self
+        return replace(self, frames=max(2, round(sum(stretch) * self.fps) + (0 if self.loop else 1)))
 
     def _for_model(self, model: str) -> Recipe:
-        if model == self.model:
-            return self
-        old, new = Recipe(model=self.model), Recipe(model=model)
+        if bare_name(model) == bare_name(self.model):  # the same one, perhaps in another place
+            return replace(self, model=model)
+        old, new = Recipe(model=self.model, origin=self.origin), Recipe(model=model)
 
         def moved(section: str) -> Any:
             mine, was, now = (getattr(recipe, section) for recipe in (self, old, new))
@@ -135,9 +231,7 @@ class Recipe:
             same = {f.name: getattr(now, f.name) for f in fields(mine) if getattr(mine, f.name) == getattr(was, f.name)}
             return replace(mine, **same)
 
-        same = bare_name(model) == bare_name(self.model)  # in another place
-        prediction = self.prediction if same else None
-        return replace(self, model=model, prediction=prediction, fit=moved("fit"), sample=moved("sample"))
+        return replace(self, model=model, prediction=None, fit=moved("fit"), sample=moved("sample"))
 
     # ---- as a file
 
@@ -145,18 +239,28 @@ class Recipe:
         """As it is stored: what is None is left out, no LoRA at all is `fit = false`, files go by their names alone."""
         fps = int(self.fps) if self.fps == int(self.fps) else self.fps
         stored: dict[str, Any] = {"recipe": VERSION, "fps": fps, "model": bare_name(self.model)}
-        stored |= {name: [PurePath(file).name for file in getattr(self, name)] for name in ("pictures", "loras")}
+        stored |= {
+            name: [PurePath(file).name for file in getattr(self, name)] for name in ("pictures", "loras", "styles")
+        }
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name in CONFIGS:
-                stored[f.name] = False if value is None else asdict(value)
+                stored[f.name] = False if value is None else as_stored(value)
             elif f.name not in stored and f.name != "origin" and value not in (None, ()):
                 stored[f.name] = list(value) if isinstance(value, tuple) else value
-        if self.loras:
-            del stored["fit"]
-        else:
-            del stored["loras"]
+        if not self.styles:
+            del stored["styles"]
+        if self.audio is not None:
+            stored["audio"] = PurePath(self.audio).name
+        del stored["fit" if self.loras else "loras"]
+        if self.seconds is not None:
+            del stored["frames"]
         return stored
+
+    def about_film(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings that a film was made with, and what the recipe says of it beyond them."""
+        about = {name: value for name, value in self.document().items() if name in _BEYOND and value != []}
+        return {name: value for name, value in settings.items() if name != "frames" or self.seconds is None} | about
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> Recipe:
@@ -173,72 +277,41 @@ class Recipe:
             key: {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
             for key, value in self.document().items()
         }
-        for name in ("pictures", "loras"):
+        for name in ("pictures", "loras", "styles"):
             if getattr(self, name):
-                document[name] = [_seen_from(folder, path, self.origin) for path in getattr(self, name)]
-        document["model"] = self.model if self.model in CATALOG else _seen_from(folder, self.model, self.origin)
+                document[name] = [seen_from(folder, path, self.origin) for path in getattr(self, name)]
+        if self.audio is not None:
+            document["audio"] = seen_from(folder, self.audio, self.origin)
+        document["model"] = self.model if self.model in CATALOG else seen_from(folder, self.model, self.origin)
         return write_document(file, document)
 
     def command(self, out: str | None = None) -> str:
         """The command line that makes the same film. Raises `RecipeError` for what no option can say."""
-        words = ["diffmorpher", "morph", *map(_as_path, self.pictures)]
-        for prompt in self.prompts[:1] if len(set(self.prompts)) == 1 else self.prompts:
-            words += ["-p", prompt] if any(self.prompts) else []
-        for lora in self.loras:
-            words += ["--lora", _as_path(lora)]
-        words += ["-o", _as_path(out or film_name(self.pictures) + ".mp4")]
-        said = self.typed()
-        if said is None:
-            raise RecipeError("this film's recipe has settings that no option sets: write it with --save-recipe.")
-        for name, value in said.items():
-            each = BY_NAME[name]
-            words += [each.flag(value)] if isinstance(value, bool) else [each.option, each.said(value)]
-        return shlex.join(words)
+        return command_line(self, out or film_name(self.pictures) + ".mp4")
 
     def typed(self) -> dict[str, Any] | None:
         """The fewest settings, by name, that make this recipe of its pictures, prompts and LoRAs; None where none do."""
-        plain = Recipe(loras=self.loras, model=self.model)
-        own = {} if self.model == Recipe.model else {"model": self.model}
-        ways = []
-        for preset in (
-            dict.fromkeys(names, True) for n in range(len(PRESETS) + 1) for names in combinations(PRESETS, n)
-        ):
-            reached, said = plain.changed(**preset), own | preset
-            for each in SETTINGS:
-                value = each.get(self)
-                if each.name in PRESETS or each.is_list or value == each.get(reached):
-                    continue
-                if each.sets is not VALUE and value == each.sets:
-                    value = True
-                elif each.sets is not VALUE or value is None:
-                    continue
-                reached, said = each.put(reached, value), said | {each.name: value}
-            lists = {name: getattr(self, name) for name in _LISTS if name != "loras"}  # which a preset may take away
-            if replace(reached, **lists) == self:
-                ways.append(said)
-        return min(ways, key=len, default=None)
+        return fewest_settings(self)
 
 
-_LISTS = ("pictures", "prompts", "loras", "picture_hashes", "lora_hashes")
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    """One text or path is a list of one, not of its letters. Raises `ConfigError`."""
-    try:
-        return tuple(map(os.fspath, [value] if isinstance(value, (str, os.PathLike)) else value))
-    except TypeError as error:
-        raise ConfigError(f"a recipe's lists hold texts and paths, not {value!r}.") from error
-
-
-def _seen_from(folder: Path, file: str, origin: Path | None) -> str:
-    place = Path(os.path.expanduser(file))
-    if origin is not None and not os.path.exists(place):
-        place = origin.parent / place
-    return os.path.relpath(place.parent.resolve() / place.name, folder) if os.path.exists(place) else str(file)
-
-
-def _as_path(name: str) -> str:
-    return f"./{name}" if name.startswith("-") else name
+#: What a recipe says of a film that has no part in making its frames.
+_BEYOND = (
+    "pictures",
+    "picture_hashes",
+    "loras",
+    "lora_hashes",
+    "styles",
+    "style_hashes",
+    "seconds",
+    "fps",
+    "hold",
+    "reverse",
+    "ping_pong",
+    "quality",
+    "audio",
+    "audio_hash",
+    "beat",
+)
 
 
 def film_name(names: Sequence[str]) -> str:
@@ -266,7 +339,7 @@ def read_recipes(file: str | os.PathLike[str]) -> list[tuple[Recipe, str | None]
                     raise RecipeError(f"{where}: {key} is {value!r}, but must be a text.")
         if path.suffix.lower() == ".csv":
             document.pop("category", None)
-            document = {key: _of_text(key, value) for key, value in document.items()}
+            document = {key: of_text(key, value) for key, value in document.items()}
         recipe = _recipe(document, where, path)
         out = outputs.get("out") or f"{outputs.get('name') or film_name(recipe.pictures)}.mp4"
         found.append((recipe, out if outputs else None))
@@ -290,69 +363,19 @@ def _recipe(document: Mapping[str, Any], where: str, origin: Path) -> Recipe:
     if "diffmorpher" in document:
         document = {key: value for key, value in document.items() if key not in _FACTS}
     names = [f.name for f in fields(Recipe) if f.name != "origin"]
-    _check_keys(document, names, where)
+    check_keys(document, names, where)
     if "loras" in document and document.get("fit", True) is not True:
         raise RecipeError(f"{where}: loras and fit contradict each other: leave one out.")
+    if {"frames", "seconds"} <= document.keys():
+        raise RecipeError(f"{where}: frames and seconds contradict each other: leave one out.")
     try:
-        start = Recipe(model=_checked("model", document.pop("model", "mini"), str))
+        start = Recipe(model=checked("model", document.pop("model", "mini"), str), origin=origin)
         values: dict[str, Any] = {}
         for key, value in document.items():
-            values[key] = _section(key, value, start, where) if key in CONFIGS else _plain(key, value)
-        return replace(start, **values, origin=origin)
+            values[key] = section(key, value, start, where) if key in CONFIGS else plain(key, value)
+        recipe = replace(start, **values)
+        return recipe if "frames" in values else recipe.in_seconds()
     except RecipeError:
         raise
     except ConfigError as error:
         raise RecipeError(f"{where}: {error}") from error
-
-
-def _check_keys(given: Mapping[str, Any], known: Collection[str], where: str, section: str = "") -> None:
-    for key in given:
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            guess = f"did you mean {section}{close[0]}?" if close else f"there are {', '.join(known)}."
-            raise RecipeError(f"{where}: the key {section + key!r} is not known; {guess}")
-
-
-def _section(key: str, value: Any, start: Recipe, where: str) -> Any:
-    if isinstance(value, bool) and key == "fit":
-        return start.fit if value else None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{key} is {value!r}, but must be a table of settings{' or false' if key == 'fit' else ''}.")
-    _check_keys(value, list(LIMITS[key]), where, f"{key}.")
-    for name, each in value.items():
-        try:
-            LIMITS[key][name].check(each)
-        except ConfigError as error:
-            raise ConfigError(f"{key}.{name}: {error}") from error
-    return replace(cast(Any, getattr(start, key)), **value)
-
-
-def _plain(key: str, value: Any) -> Any:
-    if key in _LISTS:
-        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-            raise ConfigError(f"{key} is {value!r}, but must be a list of texts.")
-        return tuple(value)
-    if key == "size":
-        return parse_size(value) if isinstance(value, str) else check_size(_checked("size", value, list))
-    return _checked(key, value, str) if key in ("device", "dtype") else value  # the rest have limits
-
-
-def _checked(key: str, value: Any, kind: type) -> Any:
-    if not isinstance(value, kind):
-        raise ConfigError(f"{key} is {value!r}, but must be a {'text' if kind is str else 'list'}.")
-    return value
-
-
-def _of_text(key: str, value: Any, section: str = "") -> Any:
-    """A table's cell as what its setting takes; what it cannot be is left for the checks to name."""
-    if isinstance(value, dict):
-        return {name: _of_text(name, each, key) for name, each in value.items()}
-    limits = LIMITS.get(section, {}).get(key)
-    if not isinstance(value, str) or (limits is None and key != "fit"):
-        return value
-    if value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    try:
-        return int(value) if re.fullmatch(r"-?\d+", value) else float(value)
-    except ValueError:
-        return value

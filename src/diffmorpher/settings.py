@@ -12,23 +12,29 @@ from typing import Any
 
 from .config import FitConfig, Limits, SampleConfig, ScheduleConfig, limits_of
 from .errors import ConfigError
-from .files.films import MAX_FPS, MIN_FPS
 from .files.pictures import MIN_SIDE
+from .files.playback import Playback
 
 #: An hour at 24 frames per second; gif and webp hold them all in memory.
 MAX_FRAMES = 86_400
+
+#: Of a LoRA: far beyond what leaves a picture.
+MAX_WEIGHT = 100
+
+#: Sizes that are said by their shape, width and height in proportion: the nearest that suits the model.
+SHAPES = {"square": (1, 1), "16:9": (16, 9), "9:16": (9, 16), "4:5": (4, 5)}
 
 #: The tables of a recipe, and what may stand in each; "" is what stands in none.
 CONFIGS: dict[str, type] = {"fit": FitConfig, "sample": SampleConfig, "schedule": ScheduleConfig}
 LIMITS: dict[str, dict[str, Limits]] = {section: limits_of(config) for section, config in CONFIGS.items()} | {
     "": {
         "frames": Limits("frames", int, 2, MAX_FRAMES, allowed=f"a whole number from 2 to {MAX_FRAMES}"),
-        "fps": Limits(
-            "fps", float, MIN_FPS, MAX_FPS, allowed=f"a number from {MIN_FPS} to {MAX_FPS} frames per second"
-        ),
+        "seconds": Limits("the length", low=0, above=True, optional=True, allowed="a number of seconds above 0"),
+        **limits_of(Playback),
         "loop": Limits("loop", bool),
-        "ping_pong": Limits("ping-pong", bool),
-        "resize": Limits("resize", str, choices=("crop", "pad")),
+        "beat": Limits("beat", bool),
+        "transparent": Limits("transparent", bool),
+        "resize": Limits("resize", str, choices=("crop", "pad", "blur")),
         "seed": Limits("the seed", int, 0, 2**63 - 1, allowed="a whole number from 0 to 2^63 - 1"),
         "low_memory": Limits("low memory", bool),
         "tf32": Limits("TF32", bool),
@@ -69,7 +75,7 @@ class Setting:
 
     @property
     def is_list(self) -> bool:
-        return self.key in ("prompts", "loras")
+        return self.key in ("prompts", "loras", "styles", "focus")
 
     @property
     def is_model_own(self) -> bool:
@@ -103,6 +109,8 @@ class Setting:
         """The recipe with this setting changed. Raises `ConfigError`."""
         value = value if self.sets is VALUE else self.sets
         section, _, name = self.key.rpartition(".")
+        if name == "frames":  # in place of a length in seconds
+            return replace(recipe, frames=value, seconds=None)
         if not section:
             return replace(recipe, **{name: value})
         config = getattr(recipe, section)
@@ -114,22 +122,56 @@ class Setting:
     def said(self, value: Any) -> str:
         """A value as it is typed."""
         if self.name == "size":
-            return "{}x{}".format(*value)
+            return value if isinstance(value, str) else "{}x{}".format(*value)
+        if isinstance(value, tuple):
+            return ",".join(map(self.said, value))
         return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+
+    def read(self, text: str) -> Any:
+        """What was typed as what the setting takes; its own checks come later. Raises `ConfigError`."""
+        if self.name == "size":
+            return parse_size(text)
+        if self.limits is not None and self.limits.many:
+            return parse_numbers(text, self.limits.label)
+        return text
 
 
 SETTINGS: tuple[Setting, ...] = (
     Setting("frames", "frames", "Output", "Frames", "More is smoother, and longer.", "N"),
+    Setting("seconds", "seconds", "Output", "Seconds", "Length of the whole film, in place of frames.", "S",
+            unset="what the frames take"),
     Setting("fps", "fps", "Output", "Frames a second", "More is faster, and shorter.", "F"),
     Setting("loop", "loop", "Output", "Loop", "Leads back to the first picture."),
     Setting("ping_pong", "ping_pong", "Output", "Ping-pong", "Plays forwards, then backwards."),
+    Setting("reverse", "reverse", "Output", "Reverse", "Plays backwards."),
+    Setting("quality", "quality", "Output", "Quality", "Of .mp4, .webm, .mov, .webp: smaller files, or better ones.",
+            "small|good|best"),
+    Setting("transparent", "transparent", "Output", "Transparent",
+            "Frames keep the pictures' transparency: in .webm, .mov, .mkv, .webp, .apng, .png and folders."),
+    Setting("hold", "hold", "Pacing", "Hold", "Seconds that pictures stand still: one for all, or 0.5,0,1.", "S,S,..."),
+    Setting("stretch", "schedule.stretch", "Pacing", "Stretch",
+            "Seconds from picture to picture, such as 2,1,4; shares where frames or seconds say how long the film is.",
+            "S,S,...", unset="what the pictures ask for"),
+    Setting("ease", "schedule.ease", "Pacing", "Ease", "in leaves pictures slowly, out comes to them slowly.",
+            "linear|in|out|in-out"),
+    Setting("audio", "audio", "Sound", "Sound", "A file whose sound goes under .mp4, .webm, .mov and .mkv.", "FILE",
+            unset="none"),
+    Setting("beat", "beat", "Sound", "Follow the beat", "Pictures change with the sound in place of evenly."),
     Setting("prompt", "prompts", "Pictures", "What they show", "What they show: one for all, or repeat it for each.", "TEXT"),
-    Setting("size", "size", "Pictures", "Size", "Working size, such as 512x512.", "WxH", unset="what suits the model"),
-    Setting("resize", "resize", "Pictures", "Other shapes", "Pad with white when nothing may be cut off.", "crop|pad"),
+    Setting("size", "size", "Pictures", "Size", f"Working size, such as 512x512, or a shape: {', '.join(SHAPES)}.", "WxH",
+            unset="what suits the model"),
+    Setting("resize", "resize", "Pictures", "Other shapes",
+            "When nothing may be cut off: pad with white, or with the picture itself, enlarged and blurred.", "crop|pad|blur"),
+    Setting("focus", "focus", "Pictures", "Focus",
+            "What a crop has in its middle: center, auto (a face, or what stands out), or X,Y in shares of width and height; "
+            "repeat it for each.", "X,Y"),
     Setting("lora_steps", "fit.steps", "LoRAs", "LoRA steps", "More when the ends lack detail.", "N"),
     Setting("lora_rank", "fit.rank", "LoRAs", "LoRA rank", "More for crowded pictures.", "R"),
     Setting("lora_lr", "fit.learning_rate", "LoRAs", "LoRA rate", "Less when frames break up.", "X"),
-    Setting("lora", "loras", "LoRAs", "LoRA files", "Files fitted before: repeat it, one for each image.", "FILE"),
+    Setting("lora", "loras", "LoRAs", "LoRA files",
+            "Files fitted before, in place of fitting: one for all pictures, or repeat it for each.", "FILE[:WEIGHT]"),
+    Setting("style", "styles", "LoRAs", "Styles",
+            "A LoRA of others, which acts on every frame beside the pictures' own; repeat it for more.", "FILE[:WEIGHT]"),
     Setting("no_lora", "fit", "LoRAs", "Without LoRA", "Quick but rough: learns nothing.", sets=None),
     Setting("fix_lora", "sample.fix_lora", "LoRAs", "Fix the LoRA at",
             "0 keeps to the first picture's manner throughout, 1 to the second's.", "W"),
@@ -153,7 +195,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("prediction", "prediction", "Model", "Prediction", "What the U-Net predicts, for files that do not say.",
             "epsilon|v", unset="what the model says"),
     Setting("device", "device", "Model", "Device", "cpu, cuda, cuda:1, mps ...", "D", unset="the fastest present"),
-    Setting("dtype", "dtype", "Model", "Dtype", "float32, bfloat16, float16.", "T", unset="float32, on CUDA 16 bits"),
+    Setting("dtype", "dtype", "Model", "Dtype", "float32, bfloat16, float16.", "T",
+            unset="float32, on CUDA 16 bits; of a large model bfloat16 on a CPU that has it"),
     Setting("batch_size", "sample.batch_size", "Model", "Batch size", "Frames at once; lower it if memory runs out.", "B"),
     Setting("low_memory", "low_memory", "Model", "Low memory",
             "The same film in less memory and more time; for GPUs of 8 GB."),
@@ -178,7 +221,7 @@ PRESETS = {"paper": _paper, "preview": _quick}
 
 # ---- what contradicts what, and what a setting does nothing with
 
-_CONTRADICT = (("lora", "no_lora"), ("lora", "preview"))
+_CONTRADICT = (("lora", "no_lora"), ("lora", "preview"), ("frames", "seconds"))
 
 
 def check_typed(typed: Collection[str]) -> None:
@@ -210,18 +253,61 @@ def unused(recipe: Any, typed: Collection[str]) -> list[str]:
 # ---- checks of single values
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
-    """ "512x384" as (width, height); None stays None. What the model asks of a size it says itself."""
-    if text is None:
-        return None
+def parse_size(text: str | None) -> tuple[int, int] | str | None:
+    """ "512x384" as (width, height); a shape and None stay as they are. What the model asks of a size it says itself."""
+    if text is None or text in SHAPES:
+        return text
     match = re.fullmatch(r"([0-9]{1,9})x([0-9]{1,9})", text)
     if match is None:
-        raise ConfigError(f"the size {text!r} is not of the form WxH: give two whole numbers, such as 512x512.")
+        raise ConfigError(
+            f"the size {text!r} is not of the form WxH: give two whole numbers, such as 512x512, or one of {', '.join(SHAPES)}."
+        )
     return check_size((int(match[1]), int(match[2])))
 
 
-def check_size(size: Sequence[int]) -> tuple[int, int]:
-    """Two whole numbers, large enough for a picture. Raises `ConfigError`."""
+def parse_numbers(text: str, label: str) -> tuple[float, ...]:
+    """ "0.5,0,1" as numbers. Raises `ConfigError`."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{label} is {text!r}, but must be a number, or numbers with commas between.") from None
+
+
+def split_weight(text: str) -> tuple[str, str]:
+    """ "ink.safetensors:0.8" as the file and ":0.8"; "" where no number is behind the last colon."""
+    match = re.fullmatch(r"(.+)(:[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?)", text, re.DOTALL)
+    return (match[1], match[2]) if match else (text, "")
+
+
+def parse_weighted(text: str) -> tuple[str, float]:
+    """ "ink.safetensors:0.8" as a file and its weight, which is 1 where none is given. Raises `ConfigError`."""
+    file, weight = split_weight(text)
+    if abs(number := float(weight[1:] or 1)) > MAX_WEIGHT:
+        raise ConfigError(
+            f"the weight in {text!r} is {number:g}, but must be a number from -{MAX_WEIGHT} to {MAX_WEIGHT}."
+        )
+    return file, number
+
+
+def parse_focus(text: str) -> tuple[float, float]:
+    """ "center" or "0.3,0.5" as shares of width and height. Raises `ConfigError`."""
+    if text in ("", "center", "auto"):  # the last is settled by whoever has the picture
+        return 0.5, 0.5
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        x = y = -1.0
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise ConfigError(
+            f"the focus {text!r} is no point: give center, auto, or two numbers from 0 to 1, such as 0.3,0.5."
+        )
+    return x, y
+
+
+def check_size(size: Sequence[int] | str) -> tuple[int, int] | str:
+    """A shape, or two whole numbers, large enough for a picture. Raises `ConfigError`."""
+    if isinstance(size, str):
+        return parse_size(size) or size
     if (
         not isinstance(size, (tuple, list))
         or len(size) != 2

@@ -26,7 +26,10 @@ SETTINGS: dict[str, dict[str, str]] = {
     "spin 30000": {"GOMP_SPINCOUNT": "30000"},
     "spin 10000": {"GOMP_SPINCOUNT": "10000"},
     "spin 3000": {"GOMP_SPINCOUNT": "3000"},
+    "spin 2000": {"GOMP_SPINCOUNT": "2000"},
+    "spin 1500": {"GOMP_SPINCOUNT": "1500"},
     "spin 1000": {"GOMP_SPINCOUNT": "1000"},
+    "spin 500": {"GOMP_SPINCOUNT": "500"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }

@@ -20,10 +20,12 @@ import av
 import pytest
 from PIL import Image
 
-from diffmorpher import Morpher, Recipe
+from diffmorpher import FitConfig, Morpher, Recipe
 from diffmorpher.cli.checks import check_port, parse_auth
 from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError, SoundError
+from diffmorpher.files.atomic import file_hash
 from diffmorpher.files.films import read_settings
+from diffmorpher.files.loras import save_lora
 from diffmorpher.models.catalog import ASSETS, CATALOG, check_model
 from diffmorpher.recipe import film_name
 from diffmorpher.web.downloads import downloads
@@ -31,7 +33,7 @@ from diffmorpher.web.estimate import Speed, length, rows
 from diffmorpher.web.html import chart, frame, progress, strip
 from diffmorpher.web.jobs import KEPT_VISITS, Session, Studio, check_picture, explain
 from diffmorpher.web.line import LONGEST_LINE, Job, Line
-from diffmorpher.web.settings import chosen, different_names, fields_of
+from diffmorpher.web.settings import chosen, different_names, fields_of, one_each, together, weighted
 
 DEMO = ASSETS / "demo"
 SMALL: dict[str, Any] = {"frames": 3, "steps": 2, "lora_steps": 1}
@@ -446,6 +448,35 @@ def test_a_visitor_who_leaves_takes_everything_along(studio: Studio, tmp_path: P
 
 def load(session: Session) -> int:
     return sum(picture.file.is_file() for picture in session.pictures)
+
+
+def test_styles_act_on_the_film_and_are_in_its_recipe(studio: Studio, tmp_path: Path) -> None:
+    ann = visit(studio, "ann", "pear", "rose")
+    plain = morph(studio, ann)
+    file = tmp_path / "ink.safetensors"
+    save_lora(studio.load("mini").fit(DEMO / "bus.png", fit=FitConfig(rank=2, steps=2, learning_rate=0.05)), file)
+    film = wait(studio.morph(ann, chosen(SMALL), ann.pictures, ["", ""], styles=[(file, 0.5)]))
+    recipe = Recipe.read(film.video)
+    assert recipe.styles == ("ink.safetensors:0.5",) and recipe.style_hashes == (file_hash(file),)
+    assert "--style ink.safetensors:0.5" in film.command
+    assert film.result.frames[0].tobytes() != plain.result.frames[0].tobytes()
+    again = wait(studio.morph(ann, chosen(SMALL), ann.pictures, ["", ""]))
+    assert [frame.tobytes() for frame in again.result.frames] == [frame.tobytes() for frame in plain.result.frames]
+
+
+def test_the_values_of_each_picture_and_their_field() -> None:
+    assert one_each("hold", "0.5", 3) == ["0.5"] * 3 and together("hold", ["0.5"] * 3) == "0.5"
+    assert one_each("hold", "0.5,0,1", 3) == ["0.5", "", "1"] and together("hold", ["0.5", "", "1"]) == "0.5,0,1"
+    assert one_each("stretch", "2,1", 3) == ["2", "1", ""] and together("stretch", ["", "2"]) == "1,2"
+    assert together("stretch", ["", ""]) == together("focus", ["", "", ""]) == together("hold", []) == ""
+    assert (
+        one_each("focus", "center; 0.2,0.7", 2) == ["", "0.2,0.7"]
+        and together("focus", ["", "0.2,0.7"]) == "center;0.2,0.7"
+    )
+    assert weighted([Path("a"), Path("b")], "0.5, 1") == [(Path("a"), 0.5), (Path("b"), 1.0)]
+    assert weighted([Path("a"), Path("b")], "") == [(Path("a"), 1.0), (Path("b"), 1.0)] and weighted([], "3") == []
+    with pytest.raises(ConfigError, match="3 strengths were given for 2 styles"):
+        weighted([Path("a"), Path("b")], "1,2,3")
 
 
 def test_what_cannot_work_is_said_before_the_line(studio: Studio, tmp_path: Path) -> None:

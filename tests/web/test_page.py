@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+import wave
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +22,9 @@ from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
 from urllib.request import urlopen
 
+import av
 import pytest
+from PIL import Image
 
 from diffmorpher import FitConfig, Recipe, SampleConfig, read_settings
 from diffmorpher.models.catalog import CATALOG
@@ -322,6 +325,121 @@ def test_pictures_are_dragged_into_order(visitor: Visitor) -> None:
     expect(visitor.page.locator("#thumb-1 img")).to_have_attribute("alt", "pear.png")
     expect(visitor.page.locator("#thumb-2 img")).to_have_attribute("alt", "tiger-face.png")
     expect(visitor.page.locator("#prompt-1 input")).to_have_value("a pear")
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> str:
+    """A fox on the right of a picture twice as wide as high, and little else on it."""
+    picture, fox = Image.new("RGB", (400, 200), "white"), Image.open(DEMO / "fox-face.png").convert("RGBA")
+    fox = fox.resize((200, 200))
+    picture.paste(fox, (190, 0), fox)
+    picture.save(tmp_path / "fox.png")
+    return str(tmp_path / "fox.png")
+
+
+def test_a_crop_is_shown_dragged_and_goes_with_its_picture(visitor: Visitor, wide: str) -> None:
+    page = visitor.page
+    visitor.upload(TIGER, wide, WOLF)
+    visitor.unfold("Model and size")
+    crop, focus = page.get_by_role("slider", name="What is kept of fox.png"), page.locator("#focus input")
+    expect(page.locator(".crop")).to_have_count(1)  # nothing is cut off square pictures
+    expect(crop).to_have_attribute("aria-valuenow", "50")
+    box = crop.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 2 + 300, box["y"], steps=5)  # beyond the picture: as far as it goes
+    page.mouse.up()
+    expect(focus).to_have_value("center;0.75,0.50;center")
+    crop.press("ArrowLeft")
+    expect(focus).to_have_value("center;0.70,0.50;center")
+    page.locator("#thumb-2 .grip").drag_to(page.locator("#thumb-1 img"))
+    expect(focus).to_have_value("0.70,0.50;center;center")
+    expect(page.locator("#thumb-1 .crop")).to_have_attribute("aria-valuenow", "70")
+
+    def type_into(name: str, text: str) -> None:
+        page.locator(f"#{name} input").fill(text)
+        page.keyboard.press("Tab")
+
+    type_into("size", "large")
+    expect(page.locator(".crop")).to_have_count(0)  # nobody knows what that cuts off
+    type_into("size", "")
+    type_into("focus", "auto")
+    expect(page.locator("#thumb-1 .crop")).to_have_attribute("aria-valuenow", re.compile("7[0-5]"))
+    type_into("size", "512x256")
+    expect(page.locator("#thumb-1 .crop")).to_have_count(0)
+    expect(page.locator(".crop")).to_have_count(2)
+    page.get_by_label("Pad with blur").check()
+    expect(page.locator(".crop")).to_have_count(0)
+
+
+def test_a_storyboard_of_three_pictures_with_sound_is_made_and_downloaded(
+    visitor: Visitor, wide: str, tmp_path: Path
+) -> None:
+    page = visitor.page
+    with wave.open(str(tmp_path / "song.wav"), "wb") as song:
+        song.setparams((1, 2, 8000, 0, "NONE", ""))
+        song.writeframes(bytes(range(256)) * 250)  # 4 s
+    visitor.upload(TIGER, wide, WOLF)
+    page.fill("#prompt-2 input", "a fox")
+    page.locator("#thumb-2 .crop").press("ArrowRight")
+    visitor.small(fps=8, frames=16)
+    visitor.unfold("Pacing and file")
+    for field, text, setting, whole in (
+        ("hold-2", "0.5", "hold", "0,0.5,0"),
+        ("stretch-1", "1", "stretch", "1,1"),
+        ("stretch-2", "0.5", "stretch", "1,0.5"),
+    ):
+        page.locator(f"#{field} input").press_sequentially(text)
+        page.keyboard.press("Tab")
+        expect(page.locator(f"#{setting} input")).to_have_value(whole)
+    expect(page.locator("#stretch-3 input")).not_to_be_visible()
+    visitor.unfold("Sound")
+    page.set_input_files("#audio input[type=file]", tmp_path / "song.wav")
+    expect(page.locator("#audio")).to_contain_text("song")
+    said = page.locator("#expected").inner_text()
+    visitor.morph()
+    with page.expect_download() as download:
+        page.locator("a.download", has_text="MP4").click()
+    assert download.value.suggested_filename == "tiger-face-fox-wolf-face.mp4"
+    film = tmp_path / "film.mp4"
+    download.value.save_as(film)
+    recipe = Recipe.read(film)
+    assert recipe.prompts == ("", "a fox", "") and recipe.hold == (0, 0.5, 0) and recipe.audio == "song.wav"
+    assert recipe.focus == ("center", "0.55,0.50", "center") and recipe.schedule.stretch == (1, 0.5)
+    with av.open(str(film)) as video:
+        assert len(video.streams.audio) == 1
+        frames = [frame.to_ndarray(format="rgb24").astype(float) for frame in video.decode(video=0)]
+    with av.open(str(film)) as video:
+        heard = sum(frame.samples / frame.sample_rate for frame in video.decode(audio=0))
+    assert heard == pytest.approx(len(frames) / 8, abs=0.15)
+    assert f"A film of {len(frames) / 8:.1f} s" in said
+    still = [i for i in range(1, len(frames)) if abs(frames[i] - frames[i - 1]).mean() < 0.5]
+    assert len(still) == 4 and still[-1] - still[0] == 3, "half a second at 8 frames a second stands still"
+    page.get_by_role("button", name="Full screen").click()
+    page.wait_for_function("document.fullscreenElement?.matches('video.film')")
+
+
+def test_a_film_with_transparency_plays_and_keeps_it(visitor: Visitor, tmp_path: Path) -> None:
+    for name in ("pear", "red-apple"):
+        picture = Image.open(DEMO / f"{name}.png").convert("RGB")
+        picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+        picture.save(tmp_path / f"{name}.png")
+    visitor.upload(str(tmp_path / "pear.png"), str(tmp_path / "red-apple.png"))
+    visitor.small()
+    visitor.unfold("Pacing and file")
+    visitor.page.locator("#transparent input").check()
+    visitor.morph()
+    (tmp_path / "film.webm").write_bytes(visitor.video())
+    assert Recipe.read(tmp_path / "film.webm").transparent
+    expect(visitor.page.locator("a.download")).to_have_count(8)
+    link = visitor.page.locator("a.download", has_text="Frames").get_attribute("href") or ""
+    with zipfile.ZipFile(io.BytesIO(fetch(visitor.server.url + link))) as frames:
+        frame = Image.open(io.BytesIO(frames.read(frames.namelist()[1])))
+        assert frame.mode == "RGBA" and frame.getchannel("A").getextrema()[0] < 60
+    visitor.unfold("The same film again")
+    command = visitor.page.locator("#command textarea").input_value()
+    assert "--transparent" in command and "-o pear-red-apple.webm" in command
 
 
 def test_the_slider_by_keyboard_makes_the_frame(visitor: Visitor) -> None:

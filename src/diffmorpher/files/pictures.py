@@ -96,12 +96,8 @@ def fit_image(
     if width < 1 or height < 1:
         raise ConfigError(f"The size is {width}x{height}, but must be at least 1x1.")
     if resize == "crop":
-        scale = max(width / image.width, height / image.height)
         # A fractional box leaves the cut to the resampling filter: no pixel is lost to rounding.
-        box_w, box_h = min(width / scale, image.width), min(height / scale, image.height)
-        left = min(max(focus[0] * image.width - box_w / 2, 0), image.width - box_w)
-        top = min(max(focus[1] * image.height - box_h / 2, 0), image.height - box_h)
-        return image.resize(size, Image.Resampling.LANCZOS, (left, top, left + box_w, top + box_h))
+        return image.resize(size, Image.Resampling.LANCZOS, crop_box(image.size, size, focus))
     if resize in ("pad", "blur"):
         scale = min(width / image.width, height / image.height)
         inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -113,6 +109,17 @@ def fit_image(
         canvas.paste(image.resize(inner, Image.Resampling.LANCZOS), offset)
         return canvas
     raise ConfigError(f"resize is {resize!r}, but must be 'crop', 'pad' or 'blur'.")
+
+
+def crop_box(
+    own: tuple[int, int], size: tuple[float, float], focus: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of what a crop to the shape of `size` keeps of a picture of `own` pixels, in these pixels."""
+    scale = max(size[0] / own[0], size[1] / own[1])
+    width, height = min(size[0] / scale, own[0]), min(size[1] / scale, own[1])
+    left = min(max(focus[0] * own[0] - width / 2, 0), own[0] - width)
+    top = min(max(focus[1] * own[1] - height / 2, 0), own[1] - height)
+    return left, top, left + width, top + height
 
 
 def fit_opacity(

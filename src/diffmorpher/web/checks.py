@@ -32,7 +32,7 @@ def of_pictures(recipe: Recipe, names: Sequence[str], prompts: Sequence[str]) ->
 
 def with_pictures(recipe: Recipe, names: Sequence[str], files: Sequence[Path]) -> tuple[Recipe, list[Image.Image]]:
     """The recipe with what its pictures hold, and these. Raises `ImageError` for two in a row that are the same."""
-    images = [load_image(file) for file in files]
+    images = [load_image(file, recipe.transparent) for file in files]
     hashes = tuple(map(image_hash, images))
     if same := same_neighbours(hashes, recipe.loop):
         one, other = (names[i] for i in same)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from PIL import Image
+
+from ..files.pictures import on_white
 
 if TYPE_CHECKING:
     from .line import Job
@@ -39,7 +42,7 @@ DOWNLOADS = {
 
 def data_uri(picture: Image.Image, side: int | None = None) -> str:
     """The picture inside the page itself, so that no file has to be served; side: of its thumbnail, in pixels."""
-    small = picture.convert("RGB")
+    small = on_white(picture)
     if side is not None:
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
@@ -47,10 +50,24 @@ def data_uri(picture: Image.Image, side: int | None = None) -> str:
     return "data:image/webp;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def thumbnail(picture: Image.Image, name: str) -> str:
+def thumbnail(picture: Image.Image, name: str, crop: tuple[float, float, float, float] | None = None) -> str:
+    """crop: left, top, width and height of what is kept, in shares of the picture; None where nothing is cut off."""
     said = escape(name)
-    title = f"{said}: drag it to its place"
-    return f'<img class="thumb" draggable="true" src="{data_uri(picture, 144)}" alt="{said}" title="{title}">'
+    title = f'title="{said}: drag it to its place"'
+    image = f'<img class="thumb" draggable="true" src="{data_uri(picture, 216)}" alt="{said}" {title}>'
+    if crop is None:
+        return f'<div class="framed">{image}</div>'
+    left, top, width, height = crop
+    middle = left + width / 2 if width < height else top + height / 2
+    style = "left:{:.2%};top:{:.2%};width:{:.2%};height:{:.2%}".format(*crop)
+    return (
+        f'<div class="framed">{image}<div class="crop" tabindex="0" role="slider" aria-label="What is kept of {said}" '
+        f'aria-valuemin="0" aria-valuemax="100" aria-valuenow="{100 * middle:.0f}" data-width="{width:.4f}" '
+        f'data-height="{height:.4f}" style="{style}" title="What is kept: drag it, or use the arrow keys" '
+        # Of its own each time: where the frame was dragged meanwhile, equal text would leave it there.
+        f'data-drawn="{time.monotonic_ns()}"></div>'
+        f'<span class="grip" draggable="true" {title}>⠿</span></div>'
+    )
 
 
 def note(text: str, kind: str = "info") -> str:
@@ -69,15 +86,15 @@ def progress(job: Job) -> str:
         name, percent = STAGES.get(stage, stage), 100 * done / total if total else 0.0
         spent = max(moved - began, 0.0)
         if done >= total:
-            time = _seconds(spent)
+            left = _seconds(spent)
         elif done and spent:
-            time = f"{_seconds(spent / done * (total - done))} left"
+            left = f"{_seconds(spent / done * (total - done))} left"
         else:
-            time = "…"
+            left = "…"
         count = f"{done:.0f} of {total:.0f}" if total > 1 else ""
         rows.append(
             f'<div class="stage{" over" if done >= total else ""}"><span>{name}</span>'
-            f'<span class="count">{count}</span><span class="time">{time}</span>'
+            f'<span class="count">{count}</span><span class="time">{left}</span>'
             f'<div class="bar" role="progressbar" aria-label="{name}" aria-valuemin="0" aria-valuemax="100" '
             f'aria-valuenow="{percent:.0f}"><i style="width:{percent:.1f}%"></i></div></div>'
         )
@@ -93,7 +110,7 @@ def _seconds(seconds: float) -> str:
 def video(url: str, name: str) -> str:
     return (
         f'<video class="film" src="{escape(url)}" title="{escape(name)}" '
-        "autoplay loop muted playsinline controls></video>"
+        'autoplay loop muted playsinline controls></video><button type="button" class="full">Full screen</button>'
     )
 
 
@@ -138,9 +155,9 @@ def films(earlier: Sequence[tuple[str, str, Image.Image, str, str]]) -> str:
     """Films of the visit, the last made first. earlier: (url, name, poster, a few words, url of the recipe or "") of each."""
     cards = [
         f'<figure class="earlier"><video src="{escape(url)}" poster="{data_uri(poster, 320)}" controls loop muted playsinline '
-        f'preload="none" title="{escape(name)}"></video><figcaption><b>{escape(name)}</b> {escape(about)}<br>'
-        f'<a href="{escape(url)}" download="{escape(name)}.mp4">MP4</a>'
-        + (f' <a href="{escape(recipe)}" download="{escape(name)}.toml">Recipe</a>' if recipe else "")
+        f'preload="none" title="{escape(name)}"></video><figcaption><b>{escape(Path(name).stem)}</b> {escape(about)}<br>'
+        f'<a href="{escape(url)}" download="{escape(name)}">Film</a>'
+        + (f' <a href="{escape(recipe)}" download="{escape(Path(name).stem)}.toml">Recipe</a>' if recipe else "")
         + "</figcaption></figure>"
         for url, name, poster, about, recipe in reversed(earlier)
     ]

@@ -31,7 +31,7 @@ from .checks import MAX_FILE_BYTES, check_bytes, check_picture, of_pictures, wit
 from .estimate import Speed
 from .line import Job, Line, Work
 from .settings import MAX_PICTURES, check_frames, chosen, different_names
-from .visits import Film, Picture, Session
+from .visits import Film, Picture, Session, video_suffix
 
 if TYPE_CHECKING:
     from ..files.loras import Lora
@@ -200,16 +200,27 @@ class Studio:
         prompts: Sequence[str],
         *,
         loras: Sequence[Path] = (),
+        styles: Sequence[tuple[Path, float]] = (),
         path_file: Path | None = None,
         audio: Path | None = None,
     ) -> Job:
-        """Put a film into the line; what cannot work is said at once. The result is a `Film`. Raises `UserError`."""
+        """Put a film into the line; what cannot work is said at once. The result is a `Film`. Raises `UserError`.
+
+        styles: LoRAs that act on every frame, with their strengths.
+        """
         self.check_model(recipe.model)
         if loras and recipe.fit is None:
             raise ConfigError("LoRA files and a film without LoRA contradict each other: leave one out.")
         images: list[Image.Image] = []
-        for file in filter(None, (*loras, path_file, audio)):
+        for file in filter(None, (*loras, *(style for style, _ in styles), path_file, audio)):
             check_bytes(file, MAX_FILE_BYTES)
+        if styles and path_file:
+            raise ConfigError("a path has its styles in it: leave out the style files, or the path.")
+        recipe = replace(
+            recipe,
+            styles=tuple(f"{file.name}:{weight:g}" if weight != 1 else file.name for file, weight in styles),
+            style_hashes=tuple(file_hash(file) for file, _ in styles),
+        )
         if audio is not None:
             read_sound(audio, 0.1)
             recipe = replace(recipe, audio=audio.name, audio_hash=file_hash(audio))
@@ -226,10 +237,11 @@ class Studio:
             progress("load", 1, 1)
             before, made_of = session.film, _frames_key(recipe, images, path_file, loras, audio)
             if path_file is not None:
-                path, name, command = _load_path(path_file, morpher, recipe), path_file.stem, ""
+                path, name = _load_path(path_file, morpher, recipe), path_file.stem
             else:
-                path = self._prepare(morpher, recipe, images, loras, progress)
-                name, command = film_name(recipe.pictures), recipe.command()
+                acting = [f"{file}:{weight:g}" for file, weight in styles]
+                path = self._prepare(morpher, recipe, images, loras, acting, progress)
+                name = film_name(recipe.pictures)
             path.settings = recipe.about_film(path.settings)
             count = recipe.frame_count(path.num_images)
             sound: dict[str, Any] = {"audio": str(audio)} if audio else {}
@@ -240,6 +252,7 @@ class Studio:
                 pace = replace(recipe, **sound).pace(count)
                 result = morpher.film(path, count, recipe.sample, recipe.schedule, progress, pace=pace)
             result.settings = recipe.about_film(result.settings) | sound
+            command = "" if path_file else recipe.command(name + video_suffix(result))
             progress("save", 0, 1)
             film = Film(result, recipe, name, command, session.new_folder(), made_of=made_of, again=again)
             film.cut = said_cut(recipe.pictures, images, result.frames[0].size) if recipe.resize == "crop" else ""
@@ -287,6 +300,7 @@ class Studio:
         recipe: Recipe,
         images: Sequence[Image.Image],
         loras: Sequence[Path],
+        styles: Sequence[str],
         progress: ProgressCallback,
     ) -> MorphPath:
         """The prepared path, found again by the content of everything it depends on."""
@@ -296,7 +310,7 @@ class Studio:
         digests = tuple(map(file_hash, loras))
         key = repr((fit_key(replace(recipe, loras=())), digests))
         if key not in self._paths:
-            options = path_options(recipe) | {"loras": loaded, "loop": False}
+            options = path_options(recipe) | {"loras": loaded, "styles": styles, "loop": False}
             self._paths[key] = morpher.prepare(images, steps=recipe.sample.steps, progress=progress, **options)
             while len(self._paths) > KEPT_PATHS:
                 self._paths.popitem(last=False)

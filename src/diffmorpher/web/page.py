@@ -35,8 +35,9 @@ from .estimate import length
 from .jobs import Studio, explain, figures
 from .line import Job
 from .panel import models, placeholders, settings_panel
-from .parts import LOOK, Pictures, Result, Updates, key_of, quietly
-from .settings import MAX_PICTURES, chosen, fields_of
+from .parts import LOOK, Result, Updates, key_of, quietly
+from .settings import MAX_PICTURES, chosen, fields_of, weighted
+from .storyboard import ABOUT, Storyboard
 
 _HERE = Path(__file__).parent
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -201,33 +202,31 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
         with gr.Row(elem_id="columns"):
             result = Result(studio)
             with gr.Column(elem_id="left"):
-                pictures = Pictures(studio)
-                settings, audio, loras, path_file, path_note, film, film_note = settings_panel(
-                    typed_models, result.buttons
-                )
+                pictures = Storyboard(studio)
+                panel = settings_panel(typed_models, result.buttons)
+                settings = panel.settings
             with gr.Column(elem_id="right"):
                 result.film()
+        pictures.connect(settings)
+        files = [panel.audio, panel.path, panel.loras, panel.styles, panel.weights]
 
         async def on_morph(request: gr.Request, *values: Any) -> AsyncIterator[Updates]:
             session = studio.session(key_of(request))
-            prompts, (sound, lora_files, path), sent = (
-                values[:MAX_PICTURES],
-                values[MAX_PICTURES:][:3],
-                values[MAX_PICTURES:][3:],
-            )
-
+            prompts, rest = values[:MAX_PICTURES], values[MAX_PICTURES:]
+            (sound, path, loras, styles, weights), sent = rest[: len(files)], rest[len(files) :]
             session.prompts = [prompt or "" for prompt in prompts]
             session.values = dict(zip(settings, sent, strict=True))
 
             def start() -> Job:
-                for file in [*(lora_files or []), *filter(None, (sound, path))]:
+                for file in [*(loras or []), *(styles or []), *filter(None, (sound, path))]:
                     studio.hold(session, Path(file))
                 return studio.morph(
                     session,
                     studio.recipe(dict(zip(settings, sent, strict=True))),
                     list(session.pictures),
                     [prompt or "" for prompt in prompts[: len(session.pictures)]],
-                    loras=[Path(file) for file in lora_files or []],
+                    loras=[Path(file) for file in loras or []],
+                    styles=weighted([Path(file) for file in styles or []], weights),
                     path_file=Path(path) if path else None,
                     audio=Path(sound) if sound else None,
                 )
@@ -237,9 +236,11 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
 
         def on_film(request: gr.Request, file: str | None) -> Updates:
             """Its settings fill the form, its prompts the fields beside the pictures."""
+            film_note = panel.film_note
             if file is None:
                 return {film_note: gr.update(visible=False)}
-            studio.hold(studio.session(key_of(request)), Path(file))
+            session = studio.session(key_of(request))
+            studio.hold(session, Path(file))
             try:
                 recipe = replace(Recipe.read(file), device=None, dtype=None)  # the page's machine decides
                 values, missing = fields_of(recipe)
@@ -251,22 +252,24 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             for what, files in (
                 ("pictures", recipe.pictures),
                 ("LoRA files", recipe.loras),
+                ("styles", recipe.styles),
                 ("sound", (recipe.audio,) if recipe.audio else ()),
             ):
                 text += f" Add its {what}: {' and '.join(Path(name).name for name in files)}." if files else ""
             text += f" The page has no field for {', '.join(missing)}: not taken over." if missing else ""
             texts = [*recipe.prompts, *[""] * MAX_PICTURES][:MAX_PICTURES]
             return {
+                **pictures.again(session, {name: values[name] for name in ABOUT}),
                 **{settings[name]: value for name, value in values.items()},
                 **dict(zip(pictures.prompts, texts, strict=True)),
                 film_note: gr.update(value=html.note(text), visible=True),
             }
 
-        film.change(on_film, film, [*settings.values(), *pictures.prompts, film_note], **quietly())
+        panel.film.change(on_film, panel.film, [*pictures.outputs, *settings.values(), panel.film_note], **quietly())
 
         run = result.morph.click(
             on_morph,
-            [*pictures.prompts, audio, loras, path_file, *settings.values()],
+            [*pictures.prompts, *files, *settings.values()],
             result.outputs,
             show_progress="hidden",
             concurrency_limit=None,
@@ -276,16 +279,16 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
         _api(studio, settings)
 
         for event in pictures.added:  # the pictures that were added last are what the film is made of
-            event.then(lambda: (None, gr.update(visible=False)), None, [path_file, path_note], **quietly())
-        path_file.change(
+            event.then(lambda: (None, gr.update(visible=False)), None, [panel.path, panel.path_note], **quietly())
+        panel.path.change(
             lambda file: gr.update(
                 value=html.note(
                     f"The film will be made from {Path(file).name}, not from the pictures above." if file else ""
                 ),
                 visible=file is not None,
             ),
-            path_file,
-            path_note,
+            panel.path,
+            panel.path_note,
             **quietly(),
         )
         model_own = placeholders("", "")
@@ -320,7 +323,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
                 yield {result.status: gr.skip()}  # to yield nothing would empty every field
                 return
             yield {
-                **pictures.again(session),
+                **pictures.again(session, session.values or fields_of(Recipe())[0]),
                 **{settings[name]: value for name, value in session.values.items()},
             }
             job = session.jobs.get("morph")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ _CHOICES = {
 }
 #: The folded sections below the button, and the pairs of fields in them.
 _SECTIONS = {
-    "Pacing and file": [["seconds", "hold"], ["stretch", "ease"], ["reverse", "quality"]],
+    "Pacing and file": [["seconds", "hold"], ["stretch", "ease"], ["reverse", "transparent"], ["quality"]],
     "Model and size": [["model"], ["size", "resize"], ["focus", "seed"]],
     "Learning the pictures (LoRA)": [["no_lora"], ["lora_steps", "lora_rank"], ["lora_lr", "fix_lora"]],
     "Making the frames": [["steps", "attention_lambda"], ["adain", "reschedule"], ["guidance"]],
@@ -49,10 +50,23 @@ _SECTIONS = {
 _PLAIN = Recipe()
 
 
-def settings_panel(
-    typed_models: bool, run: Callable[[], None]
-) -> tuple[dict[str, Any], gr.File, gr.File, gr.File, gr.HTML, gr.File, gr.HTML]:
-    """All settings by name, most folded away below the button that `run` makes; files of a sound, LoRAs, a path, a film."""
+@dataclass(frozen=True)
+class Panel:
+    """The fields: settings by name, and files. film: whose settings fill the form; the notes say what a file does."""
+
+    settings: dict[str, Any]
+    audio: gr.File
+    styles: gr.File
+    weights: gr.Textbox
+    loras: gr.File
+    path: gr.File
+    path_note: gr.HTML
+    film: gr.File
+    film_note: gr.HTML
+
+
+def settings_panel(typed_models: bool, run: Callable[[], None]) -> Panel:
+    """All settings, most folded away below the button that `run` makes."""
     parts: dict[str, Any] = {}
 
     def add(rows: list[list[str]]) -> None:
@@ -83,7 +97,22 @@ def settings_panel(
                 elem_id="audio",
             )
             add([["beat"]])
-        return ({name: parts[name] for name in NAMES}, audio, *_saved_work())
+        with gr.Accordion("Style", open=False):
+            styles = gr.File(
+                label="LoRAs of others, which act on every frame",
+                file_count="multiple",
+                file_types=[".safetensors"],
+                height=110,
+                elem_id="styles",
+            )
+            weights = gr.Textbox(
+                label="Their strengths",
+                info="One for all, or one each, such as 0.8, 1.",
+                placeholder="1",
+                max_lines=1,
+                elem_id="weights",
+            )
+        return Panel({name: parts[name] for name in NAMES}, audio, styles, weights, *_saved_work())
 
 
 def placeholders(model: str, preset: str) -> dict[str, str]:
@@ -128,7 +157,7 @@ def _field(name: str, typed_models: bool) -> Any:
             "What a crop has in its middle: center, or X,Y in shares such as 0.5,0.3; one for all, or one each with ; between."
         )
     # Text, as a number field cannot be left empty.
-    common["info"] += " Empty: the model's own." if each.is_model_own or each.unset else ""
+    common["info"] += " Empty: the model's own." if each.is_model_own else ""
     return gr.Textbox(value, placeholder=_stands_for(each, _PLAIN), max_lines=1, **common)
 
 

@@ -1,4 +1,4 @@
-"""The parts of the page: pictures and result, each with the events that concern it alone."""
+"""The result on the page, with the events that concern it alone, and what its parts share."""
 
 from __future__ import annotations
 
@@ -12,22 +12,12 @@ import gradio as gr
 from PIL import Image
 
 from ..errors import Cancelled, DiffMorpherError
-from ..files.pictures import load_image
-from ..models.catalog import ASSETS
 from . import html
 from .downloads import downloads
 from .jobs import Film, Session, Studio, explain
 from .line import Job
-from .settings import MAX_PICTURES, MAX_PROMPT
 from .visits import KeptFilm
 
-#: Pictures of assets/demo to try: (label, [(name, prompt), ...]).
-EXAMPLES = (
-    ("Tiger → wolf", [("tiger-face", "a tiger face"), ("wolf-face", "a wolf face")]),
-    ("Apple → pear", [("red-apple", "a red apple"), ("pear", "a pear")]),
-    ("Car → bus", [("automobile", "a car"), ("bus", "a bus")]),
-    ("Cat → dog → fox", [("cat-face", "a cat face"), ("dog-face", "a dog face"), ("fox-face", "a fox face")]),
-)
 #: Seconds between two looks at a job.
 LOOK = 0.15
 
@@ -42,150 +32,6 @@ def key_of(request: gr.Request) -> str:
 def quietly(**options: Any) -> dict[str, Any]:
     """For events that are the page's own affair: no overlay, no place in gradio's queue, no API."""
     return {"show_progress": "hidden", "queue": False, "api_visibility": "private"} | options
-
-
-#: A picture can be dragged onto another's place.
-_DRAGGED = """
-element.addEventListener('dragstart', (event) => {
-    event.dataTransfer.setData('text/x-picture', event.target.closest('[id^=thumb-]').id.split('-')[1]);
-    event.dataTransfer.effectAllowed = 'move';
-});
-element.addEventListener('dragover', (event) => {
-    if (event.dataTransfer.types.includes('text/x-picture')) event.preventDefault();
-});
-element.addEventListener('drop', (event) => {
-    const moved = event.dataTransfer.getData('text/x-picture');
-    if (moved) { event.preventDefault(); event.stopPropagation(); trigger('pick', {moved: Number(moved)}); }
-});
-"""
-
-
-class Pictures:
-    """The visitor's pictures with a prompt each. The pictures are on the server, under the visitor's key."""
-
-    def __init__(self, studio: Studio) -> None:
-        self._studio = studio
-        gr.HTML("<h2>1. Pictures, in the order of the film</h2>")
-        self.pick = gr.Gallery(
-            label="Add pictures",
-            sources=["upload", "webcam", "clipboard"],
-            file_types=["image"],
-            interactive=True,
-            elem_id="pick",
-            buttons=[],
-        )
-        self.note = gr.HTML(visible=False, elem_id="pictures-note")
-        with gr.Row(elem_id="examples"):
-            gr.HTML("<span>or try</span>", elem_classes="or-try")
-            examples = [
-                gr.Button(label, size="sm", elem_classes="example", icon=str(ASSETS / "demo" / f"{shown[0][0]}.png"))
-                for label, shown in EXAMPLES
-            ]
-        self.rows: list[gr.Row] = []
-        self.thumbs: list[gr.HTML] = []
-        self.prompts: list[gr.Textbox] = []
-        buttons = []
-        for i in range(MAX_PICTURES):
-            with gr.Row(visible=False, elem_classes="picture") as row:
-                self.thumbs.append(gr.HTML(elem_classes="thumb-box", elem_id=f"thumb-{i + 1}", js_on_load=_DRAGGED))
-                self.prompts.append(
-                    gr.Textbox(
-                        label=f"{i + 1}. What it shows (optional)",
-                        placeholder="a cat",
-                        max_length=MAX_PROMPT,
-                        max_lines=1,
-                        elem_id=f"prompt-{i + 1}",
-                    )
-                )
-                with gr.Row(elem_classes="picture-buttons"):
-                    # The style sheet shows a sign in place of the words, which are what a screen reader says.
-                    for what, said in (("earlier", "Move earlier"), ("later", "Move later"), ("remove", "Remove")):
-                        look: dict[str, Any] = {"elem_classes": f"icon {what}", "elem_id": f"{what}-{i + 1}"}
-                        buttons.append((i, what, gr.Button(f"{said}: picture {i + 1}", size="sm", **look)))
-            self.rows.append(row)
-        self.outputs = outputs = [self.pick, self.note, *self.rows, *self.thumbs, *self.prompts]
-        # Not `upload`, which says nothing of the camera and the clipboard.
-        #: What follows pictures that were added.
-        self.added = [self.pick.change(self._add, [self.pick, *self.prompts], outputs, **quietly())]
-        for button, (_, shown) in zip(examples, EXAMPLES, strict=True):
-            self.added.append(button.click(self._example(shown), None, outputs, **quietly()))
-        #: What follows pictures that were moved or removed.
-        self.moved = [
-            button.click(self._change(i, what), self.prompts, outputs, **quietly()) for i, what, button in buttons
-        ]
-        self.moved += [
-            thumb.pick(self._drop(i), self.prompts, outputs, **quietly()) for i, thumb in enumerate(self.thumbs)
-        ]
-
-    def again(self, session: Session) -> Updates:
-        """The pictures and prompts of a visitor who came back."""
-        return self._shown(session, session.prompts)
-
-    def _add(self, request: gr.Request, picked: list[tuple[str, Any]] | None, *prompts: str) -> Updates:
-        if not picked:  # emptied by the event before
-            return {self.pick: gr.skip()}
-        session = self._studio.session(key_of(request))
-        problems = []
-        for file, _ in picked:
-            try:
-                self._studio.add_picture(session, Path(file))
-            except Exception as error:
-                problems.append(explain(error))
-        return self._shown(session, list(prompts), problems)
-
-    # Gradio passes the request to functions whose hints ask for it, which those of a partial do not.
-
-    def _example(self, shown: list[tuple[str, str]]) -> Callable[..., Updates]:
-        def load(request: gr.Request) -> Updates:
-            session = self._studio.session(key_of(request))
-            session.pictures.clear()
-            for name, _ in shown:
-                self._studio.add_picture(session, ASSETS / "demo" / f"{name}.png", ours=True)
-            return self._shown(session, [prompt for _, prompt in shown])
-
-        return load
-
-    def _change(self, i: int, what: str) -> Callable[..., Updates]:
-        def change(request: gr.Request, *prompts: str) -> Updates:
-            session = self._studio.session(key_of(request))
-            pictures, texts = session.pictures, list(prompts)
-            j = i + (1 if what == "later" else -1)
-            if what == "remove" and i < len(pictures):
-                pictures.pop(i).file.unlink(missing_ok=True)
-                texts = [*texts[:i], *texts[i + 1 :], ""]
-            elif 0 <= min(i, j) and max(i, j) < len(pictures):
-                pictures[i], pictures[j] = pictures[j], pictures[i]
-                texts[i], texts[j] = texts[j], texts[i]
-            return self._shown(session, texts)
-
-        return change
-
-    def _drop(self, i: int) -> Callable[..., Updates]:
-        """Another picture was dropped on picture i: it takes that place, those between move on by one."""
-
-        def drop(event: gr.EventData, request: gr.Request, *prompts: str) -> Updates:
-            session, texts = self._studio.session(key_of(request)), list(prompts)
-            came = int(event.moved) - 1
-            if max(i, came) < len(session.pictures) and came >= 0:
-                session.pictures.insert(i, session.pictures.pop(came))
-                texts.insert(i, texts.pop(came))
-            return self._shown(session, texts)
-
-        return drop
-
-    def _shown(self, session: Session, prompts: list[str], problems: list[str] | None = None) -> Updates:
-        updates: Updates = {
-            self.pick: None,
-            self.note: gr.update(value=html.note(" ".join(problems or []), "error"), visible=bool(problems)),
-        }
-        for i in range(MAX_PICTURES):
-            here = i < len(session.pictures)
-            updates[self.rows[i]] = gr.update(visible=here)
-            updates[self.prompts[i]] = prompts[i] if here and i < len(prompts) else ""
-            if here:
-                picture = session.pictures[i]
-                updates[self.thumbs[i]] = html.thumbnail(load_image(picture.file), picture.name)
-        return updates
 
 
 class Result:
@@ -224,7 +70,10 @@ class Result:
                                 element.scrollIntoView({block: 'center', behavior: 'smooth'});
                         };
                         watch('value', play);
-                        play();""",
+                        play();
+                        element.addEventListener('click', (event) => {
+                            if (event.target.closest('.full')) element.querySelector('video').requestFullscreen();
+                        });""",
                     )
                 with gr.Column():
                     gr.HTML("<h2>Any position between</h2>")
@@ -325,7 +174,9 @@ class Result:
             self.empty: gr.update(visible=False),
             self.panel: gr.update(visible=True),
             self.video: html.video(file_url(film.video), film.name),
-            self.downloads: html.downloads({"mp4": (file_url(film.video), film.video)}, list(html.DOWNLOADS)),
+            self.downloads: html.downloads(
+                {film.video.suffix[1:]: (file_url(film.video), film.video)}, list(html.DOWNLOADS)
+            ),
             self.alpha: gr.update(
                 value=0,
                 maximum=last,
@@ -392,7 +243,7 @@ class Result:
 
 def _card(film: KeptFilm) -> tuple[str, str, Image.Image, str, str]:
     recipe = file_url(film.recipe) if film.recipe else ""
-    return file_url(film.video), film.video.stem, film.poster, film.about, recipe
+    return file_url(film.video), film.video.name, film.poster, film.about, recipe
 
 
 def file_url(file: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from ..errors import ConfigError
@@ -31,6 +31,7 @@ NAMES = (
         "stretch",
         "ease",
         "quality",
+        "transparent",
         "beat",
     ),
     *("size", "resize", "focus", "seed", "no_lora", "lora_steps", "lora_rank"),
@@ -97,6 +98,37 @@ def fields_of(recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     values = {name: shown(BY_NAME[name], _PLAIN) for name in NAMES if name != "preset"} | {"preset": preset}
     said = {name: shown(BY_NAME[name], recipe) or BY_NAME[name].get(recipe) for name in typed if name in NAMES}
     return values | said | {"focus": shown(BY_NAME["focus"], recipe)}, missing
+
+
+#: Settings of which each picture, or each way from one to the next, may have its own value: what stands between the values, and
+#: what an empty one means.
+EACH = {"hold": (",", "0"), "stretch": (",", "1"), "focus": (";", "center")}
+
+
+def one_each(name: str, text: Any, count: int) -> list[str]:
+    """The values of such a field, one for each of `count`, "" where nothing is said: a single one stands for all."""
+    between, plain = EACH[name]
+    values = [value.strip() for value in str(text or "")[:400].split(between)]
+    values = values * count if len(values) == 1 and name != "stretch" else values
+    return ["" if value == plain and name != "stretch" else value for value in [*values, *[""] * count][:count]]
+
+
+def together(name: str, values: Sequence[str]) -> str:
+    """The field of such values, as short as it can be said."""
+    between, plain = EACH[name]
+    values = [str(value or "").strip().replace(between, "") for value in values]
+    if not any(values):
+        return ""
+    full = [value or plain for value in values]
+    return full[0] if len(set(full)) == 1 and name != "stretch" else between.join(full)
+
+
+def weighted(files: Sequence[Path], weights: Any) -> list[tuple[Path, float]]:
+    """Each file with its strength. weights: text of one for all or one each, or nothing for 1. Raises `ConfigError`."""
+    given = parse_numbers(str(weights or "").strip()[:400] or "1", "the strength")
+    if len(given) not in (1, len(files)):
+        raise ConfigError(f"{len(given)} strengths were given for {len(files)} styles: give one for all, or one each.")
+    return [*zip(files, given * len(files) if len(given) == 1 else given, strict=True)] if files else []
 
 
 def different_names(names: Sequence[str]) -> list[str]:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from ..result import MorphResult
 
 
+def video_suffix(result: MorphResult) -> str:
+    """Of the file that the page plays: one that keeps transparency where there is any."""
+    return ".webm" if result.frames[0].mode == "RGBA" else ".mp4"
+
+
 @dataclass(frozen=True)
 class Picture:
     """A visitor's picture: the name it came with, and the copy in the visitor's folder."""
@@ -42,7 +47,7 @@ class Film:
 
     @property
     def video(self) -> Path:
-        return self.folder / f"{self.name}.mp4"
+        return self.folder / f"{self.name}{video_suffix(self.result)}"
 
     @property
     def metadata(self) -> dict[str, object]:

@@ -201,7 +201,7 @@ class Storyboard:
 
     def _beside(self, session: Session, values: Mapping[str, Any]) -> Updates:
         count = len(session.pictures)
-        updates: Updates = {}
+        updates: Updates = {self.thumbs[0]: gr.skip()}  # nothing at all is not allowed
         holds = one_each("hold", values["hold"], count)
         focuses = one_each("focus", values["focus"], count)
         gaps = _gaps(count, values)

@@ -61,7 +61,7 @@ CATALOG: dict[str, ModelSpec] = {
         sample=SampleConfig(steps=20, exact_ends=True),
         suits="3D emoji and such things on white, not for photographs",
         photographs=False,
-        film="28 s on two CPU cores",
+        film="20 s on two CPU cores",
     ),
     # What is to be fetched is counted from the parameters (text encoders with it; the older ones are stored in float32), memory
     # is what benchmarks/README.md measured, times are those of its rows.

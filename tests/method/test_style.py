@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import tiny_flux_pipeline, tiny_pipeline, tiny_xl_pipeline
 from diffmorpher import FitConfig, Morpher, MorphPath, Recipe, SampleConfig, ScheduleConfig, read_settings
-from diffmorpher.cluster.maker import fit_key
 from diffmorpher.errors import ConfigError, LoraError, PathFileError, RecipeError
 from diffmorpher.files.loras import load_lora
+from diffmorpher.web.keys import fit_key
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60)]
 PROMPTS = ["a cat", "a dog"]

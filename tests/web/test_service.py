@@ -155,7 +155,9 @@ def test_the_page_and_the_service_stand_in_one_line(store: Store, monkeypatch: p
 
 @pytest.fixture
 def client(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TestClient]:
-    """With a worker, and a tiny model by the name of the bundled one."""
+    """With a worker, a cache, and a tiny model by the name of the bundled one."""
+    monkeypatch.setenv("DIFFMORPHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("DIFFMORPHER_CACHE_GB", "1")
     tiny_pipeline().save_pretrained(tmp_path / "tiny")
     quick = {"fit": FitConfig(rank=2, steps=2), "sample": SampleConfig(steps=2)}
     monkeypatch.setitem(CATALOG, "mini", replace(CATALOG["mini"], source=str(tmp_path / "tiny"), **quick))
@@ -195,18 +197,18 @@ def test_a_film_is_the_library_s_and_its_fit_is_made_once(client: TestClient, st
 
     stages: list[str] = []
     noting, store.progress = store.progress, lambda key, stage, *rest: stages.append(stage) or noting(key, stage, *rest)
-    again = finished(client, asked(client, prompts=["a pear", "a rose"], frames=2, seed=5))
+    again = finished(client, asked(client, prompts=["a pear", "a rose"], frames=4, seed=5))
     assert again["state"] == "done" and "sample" in stages and "fit" not in stages
     assert [each["id"] for each in client.get("/jobs").json()] == [again["id"], job["id"]]
 
 
 def test_pacing_and_framing_are_the_library_s(client: TestClient, store: Store, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seconds": 1.5, "hold": [0.25, 0], "reverse": True, "ease": "in"}
-    settings |= {"size": "64x48", "focus": ["0.2,0.5", "center"]}
+    settings |= {"size": "64x48", "focus": ["0.5,0.2", "center"]}
     job = finished(client, asked(client, **settings))
     film = client.get(f"/jobs/{job['id']}/film.mp4").content
     recipe, pictures = gather(Recipe.read(store.folder(job["id"]) / "recipe.toml"))
-    assert recipe.seconds == 1.5 and recipe.hold == (0.25, 0) and recipe.focus == ("0.2,0.5", "center")
+    assert recipe.seconds == 1.5 and recipe.hold == (0.25, 0) and recipe.focus == ("0.5,0.2", "center")
     Morpher.from_pretrained("mini").make(recipe, pictures).save(tmp_path / "wanted.mp4")
     assert film == (tmp_path / "wanted.mp4").read_bytes()
     stages: list[str] = []
@@ -303,7 +305,7 @@ def test_the_documentation_of_the_service_names_what_it_takes(store: Store) -> N
 
 
 class Server:
-    """`diffmorpher serve` as a process."""
+    """`diffmorpher serve` as a process, with a cache beside its data."""
 
     def __init__(self, data: Path, model: Path, *options: str) -> None:
         self._options = options
@@ -325,7 +327,8 @@ class Server:
 
         command = [sys.executable, "-m", "diffmorpher", "serve", "--port", str(self.port), "--data", str(self._data)]
         command += self._options
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        cache = {"DIFFMORPHER_CACHE": str(self._data.parent / "cache"), "DIFFMORPHER_CACHE_GB": "1"}
+        environment = os.environ | cache | {"OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(command, env=environment, stderr=self._log, stdout=self._log)
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60)
         deadline = time.monotonic() + 60
@@ -369,8 +372,8 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
             assert job["state"] in ("waiting", "running"), job
             time.sleep(0.01)
         server.kill()
-        (fitted,) = (tmp_path / "data" / "fits").glob("*.morph")
-        inode = fitted.stat().st_ino
+        made = {file: file.stat().st_ino for file in (tmp_path / "cache").rglob("*.safetensors")}
+        assert made, "nothing of the fit was kept"
         server.start()
         wait_until(server)
         assert [(job["id"], job["state"]) for job in reversed(server.jobs)] == [
@@ -380,7 +383,7 @@ def test_a_killed_server_goes_on_where_it_was(tmp_path: Path) -> None:
         ]
         done = {job["id"]: job["ended"] for job in server.jobs}
         assert done[keys[0]] < done[keys[2]]
-        assert fitted.stat().st_ino == inode, "the fit was made again"
+        assert made == {file: file.stat().st_ino for file in made}, "the fit was made again"
         assert server.stop() == 0
 
 

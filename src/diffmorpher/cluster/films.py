@@ -39,9 +39,9 @@ def make_films(
             source.sweep(task)
 
 
-def maker_of(cluster: Cluster, fits: Path | None = None) -> Callable[[], Maker]:
-    """What makes a cluster's workers. fits: as in `Maker`."""
-    return partial(Maker, fits, cluster.slots.count, "cuda" if cluster.slots.on_gpus else None)
+def maker_of(cluster: Cluster) -> Callable[[], Maker]:
+    """What makes a cluster's workers."""
+    return partial(Maker, cluster.slots.count, "cuda" if cluster.slots.on_gpus else None)
 
 
 class _Films:

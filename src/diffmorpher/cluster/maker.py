@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import tempfile
 import time
 import zipfile
@@ -12,15 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from ..errors import Cancelled, DiffMorpherError, PathFileError
-from ..files.atomic import file_hash, replacing
+from ..errors import Cancelled, DiffMorpherError
+from ..files.atomic import replacing
 from ..files.cache import default_cache
 from ..gather import gather
 from ..progress import ProgressCallback, say
 from ..recipe import Recipe
-from ..settings import split_weight
 from .desk import Desk, Part, make_part
 
 if TYPE_CHECKING:
@@ -28,9 +23,6 @@ if TYPE_CHECKING:
     from ..morpher import Morpher
     from ..path import MorphPath
     from ..result import MorphResult
-
-#: Fitted paths that are kept, the last used ones.
-KEPT_FITS = 32
 
 
 class Model:
@@ -78,14 +70,11 @@ class Model:
 class Maker:
     """A model, and the films that are made with it.
 
-    fits: a folder where prepared paths are kept for films to come; None keeps none. ahead: how many make a film's frames.
-    device: in place of what a recipe says.
+    ahead: how many make a film's frames. device: in place of what a recipe says.
     """
 
-    def __init__(
-        self, fits: Path | None = None, ahead: int = 1, device: str | None = None, model: Model | None = None
-    ) -> None:
-        self.model, self._fits, self._ahead, self._device = model or Model(device), fits, ahead, device
+    def __init__(self, ahead: int = 1, device: str | None = None, model: Model | None = None) -> None:
+        self.model, self._ahead = model or Model(device), ahead
         self._desk, self._recipe, self._name = Desk(ahead), Recipe(), ""
         self._progress = ("", 0, 0)
         self._known = -1
@@ -128,11 +117,7 @@ class Maker:
         progress("load", 0, 1)
         recipe, pictures = gather(Recipe.read(folder / "recipe.toml"))
         self._recipe = recipe
-        morpher = self.model.load(recipe)
-        path = self._path(morpher, recipe, pictures, progress)
-        count = recipe.frame_count(path.num_images)
-        result = morpher.film(path, count, recipe.sample, recipe.schedule, progress, helpers=self._helpers)
-        result.settings = recipe.about_film(result.settings)
+        result = self.model.load(recipe).make(recipe, pictures, progress, helpers=self._helpers)
         progress("save", 0, 1)
         result.save(folder / "film.mp4")
         with replacing(folder / "frames.zip") as part:
@@ -149,25 +134,6 @@ class Maker:
     def _note(self, stage: str, done: int, total: int) -> None:
         self._progress = stage, done, total
         self._desk.check_stopped()
-
-    def _path(
-        self, morpher: Morpher, recipe: Recipe, pictures: list[Image.Image], progress: ProgressCallback
-    ) -> MorphPath:
-        """The prepared path, from the disk where the same was fitted before."""
-        from ..path import MorphPath
-
-        file = (self._fits or Path("nowhere")) / f"{fit_key(recipe)}.morph"
-        try:
-            path = MorphPath.load(file, morpher)
-            os.utime(file)
-        except PathFileError:  # there is none, or the model by that name is another one now
-            path = morpher.prepare(pictures, steps=recipe.sample.steps, progress=progress, **path_options(recipe))
-            if self._fits:
-                path.save(file)
-                for old in sorted(self._fits.glob("*.morph"), key=lambda each: -each.stat().st_mtime)[KEPT_FITS:]:
-                    old.unlink(missing_ok=True)
-        settings = recipe.about_film(path.settings) | {"loop": recipe.loop}
-        return replace(path, loop=recipe.loop, settings=settings, sample_config=morpher.spec.sample)
 
     # ---- what the dispatcher asks of whoever makes a film, from other threads; name: of its task
 
@@ -224,19 +190,6 @@ class _Loop:
 
     def __init__(self, loop: bool) -> None:
         self.loop = loop
-
-
-def path_options(recipe: Recipe) -> dict[str, Any]:
-    """A recipe's part in `Morpher.prepare`."""
-    return {name: value for name, value in recipe.options().items() if name not in ("sample", "schedule")}
-
-
-def fit_key(recipe: Recipe) -> str:
-    """Of everything that a prepared path depends on."""
-    loras = tuple((file_hash(file), weight) for file, weight in map(split_weight, recipe.loras))
-    options = path_options(recipe) | {"loras": loras, "loop": None}
-    parts = (recipe.model, sorted(options.items()), recipe.style_hashes, recipe.picture_hashes)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def _zip(result: MorphResult, file: Path) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from ..cluster.maker import Model, fit_key, path_options
+from ..cluster.maker import Model
 from ..config import stretches_and_gaps
 from ..errors import ConfigError, DiffMorpherError, ImageError, UserError
 from ..files.atomic import file_hash
@@ -29,6 +29,7 @@ from ..progress import ProgressCallback
 from ..recipe import Recipe, film_name
 from .checks import MAX_FILE_BYTES, check_bytes, check_picture, of_pictures, with_pictures
 from .estimate import Speed
+from .keys import fit_key, frames_key, path_options
 from .line import Job, Line, Work
 from .settings import MAX_PICTURES, check_frames, chosen, different_names
 from .visits import Film, Picture, Session, video_suffix
@@ -235,7 +236,7 @@ class Studio:
             progress("load", 0, 1)
             morpher = self.load(recipe.model)
             progress("load", 1, 1)
-            before, made_of = session.film, _frames_key(recipe, images, path_file, loras, audio)
+            before, made_of = session.film, frames_key(recipe, images, path_file, loras, audio)
             if path_file is not None:
                 path, name = _load_path(path_file, morpher, recipe), path_file.stem
             else:
@@ -320,16 +321,6 @@ class Studio:
         about: dict[str, Any] = {"loop": recipe.loop, "pictures": list(recipe.pictures)}
         about |= {"loras": list(recipe.loras), "lora_hashes": list(digests)} if loras else {}
         return replace(path, loop=recipe.loop, settings=path.settings | about, sample_config=morpher.spec.sample)
-
-
-def _frames_key(
-    recipe: Recipe, images: Sequence[Image.Image], path_file: Path | None, loras: Sequence[Path], audio: Path | None
-) -> str:
-    """Of all that a film's frames depend on: what is left out says how they are played."""
-    count = (recipe.frames, recipe.seconds, recipe.fps) if path_file else recipe.frame_count(len(images))
-    beat = (recipe.fps, recipe.reverse, file_hash(audio)) if audio is not None and recipe.beat else None
-    files = [file_hash(file) for file in (*loras, *filter(None, [path_file]))]
-    return repr((fit_key(replace(recipe, loras=())), files, recipe.sample, recipe.schedule, recipe.loop, count, beat))
 
 
 def _load_path(file: Path, morpher: Morpher, recipe: Recipe) -> MorphPath:

@@ -1,4 +1,4 @@
-"""Makes the films of stored jobs: in the page's line, or on a Ray cluster. What was fitted is kept on the disk."""
+"""Makes the films of stored jobs: in the page's line, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Worker:
 
     def __init__(self, store: Store, line: Line | None = None, model: Model | None = None) -> None:
         self._store, self._line = store, line or Line()
-        self._maker = Maker(store.root / "fits", model=model)
+        self._maker = Maker(model=model)
         self._stopped = threading.Event()
         self._idle = threading.Condition()
         self._running = False
@@ -130,8 +130,7 @@ class RayWorker:
         try:
             with connected(self._address, self._jobs) as cluster:
                 self._ready.set()
-                make = maker_of(cluster, (self._store.root / "fits").absolute())
-                for task, error in cluster.run(make, self):
+                for task, error in cluster.run(maker_of(cluster), self):
                     self._note(task.name, error)
         except Exception as error:
             self.error = error

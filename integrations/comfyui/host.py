@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffmorpher.settings import split_weight
+
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """An IMAGE batch, float [B, H, W, C] in 0 to 1, as pictures of 8 bits; C is 1, 3 or 4."""
@@ -48,9 +50,10 @@ def learning(execute: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def lora_file(name: str) -> str:
-    """The place of a LoRA file: one of ComfyUI's own by its name there, any other by its path."""
-    return folder_paths.get_full_path("loras", name) or name
+def lora_file(text: str) -> str:
+    """The place of a LoRA file, with its weight: one of ComfyUI's own by its name there, any other by its path."""
+    name, weight = split_weight(text)
+    return f"{folder_paths.get_full_path('loras', name) or name}{weight}"
 
 
 def new_path_file(prefix: str) -> Path:

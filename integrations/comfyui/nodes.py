@@ -98,7 +98,7 @@ class FitPictures(io.ComfyNode):
         asked = recipe(model, len(pictures), values)
         path = model.prepare(
             pictures, asked.prompts or None, asked.loras or None, asked.fit, asked.seed, size=asked.size, resize=asked.resize,
-            focus=asked.focus, steps=asked.sample.steps, loop=asked.loop, progress=progress(),
+            focus=asked.focus, styles=asked.styles, steps=asked.sample.steps, loop=asked.loop, progress=progress(),
         )  # fmt: skip
         return io.NodeOutput(Prepared(model, path))
 

@@ -23,7 +23,8 @@ ALL = [
 FIT = [
     name
     for name in ALL
-    if BY_NAME[name].key.partition(".")[0] in ("prompts", "size", "resize", "focus", "loras", "fit", "loop", "seed")
+    if BY_NAME[name].key.partition(".")[0]
+    in ("prompts", "size", "resize", "focus", "loras", "styles", "fit", "loop", "seed")
     or name == "steps"
 ]
 FILM = [name for name in ALL if name not in FIT and BY_NAME[name].key]  # presets, which have no key, change the fit too
@@ -44,8 +45,8 @@ def typed(values: dict[str, Any]) -> dict[str, Any]:
     for name in said:
         if BY_NAME[name].is_list:
             said[name] = [line.strip() for line in said[name].splitlines() if line.strip()]
-    if "lora" in said:
-        said["lora"] = [lora_file(name) for name in said["lora"]]
+    for name in {"lora", "style"} & said.keys():
+        said[name] = [lora_file(file) for file in said[name]]
     for name in {"size", "stretch"} & said.keys():
         said[name] = BY_NAME[name].read(said[name].strip())
     if "stretch" in said:  # shares of the film, as its frames always stand beside them here

@@ -274,6 +274,11 @@ def test_loras_are_found_in_comfyui_s_folder(host: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="another picture"):
         path = fitted(host, lora="a.safetensors\nb.safetensors").path
     assert path.settings["loras"] == ["a.safetensors", "b.safetensors"]
+    styled = fitted(host, style="a.safetensors:0.5", no_lora=True).path
+    assert styled.settings["styles"] == ["a.safetensors:0.5"] and styled.styles.banks
+    assert not torch.equal(
+        styled.sample([0.5], output="latent"), fitted(host, no_lora=True).path.sample([0.5], output="latent")
+    )
 
 
 def test_a_saved_path_is_read_anew_when_it_changed(host: Any, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from diffmorpher.models.catalog import bare_name
 PIPELINES = {
     "SD3Transformer2DModel": "StableDiffusion3Pipeline",
     "FluxTransformer2DModel": "FluxPipeline",
+    "Flux2Transformer2DModel": "Flux2KleinPipeline",
     "ZImageTransformer2DModel": "ZImagePipeline",
     "QwenImageTransformer2DModel": "QwenImagePipeline",
 }
@@ -71,6 +72,7 @@ class DiffMorpherPipeline(DiffusionPipeline):
         tokenizer_2: Any = None,
         tokenizer_3: Any = None,
         force_zeros_for_empty_prompt: bool = True,
+        is_distilled: bool = False,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -78,7 +80,7 @@ class DiffMorpherPipeline(DiffusionPipeline):
             text_encoder=text_encoder, text_encoder_2=text_encoder_2, text_encoder_3=text_encoder_3,
             tokenizer=tokenizer, tokenizer_2=tokenizer_2, tokenizer_3=tokenizer_3,
         )  # fmt: skip
-        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt, is_distilled=is_distilled)
         self._interrupt = False
 
     @property
@@ -161,7 +163,7 @@ class DiffMorpherPipeline(DiffusionPipeline):
             name = PIPELINES[kind]
         family = getattr(diffusers, name)
         plain = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        plain["force_zeros_for_empty_prompt"] = self.config.force_zeros_for_empty_prompt
+        plain |= {name: self.config[name] for name in ("force_zeros_for_empty_prompt", "is_distilled")}
         parts = plain | self.components
         return family(**{name: parts[name] for name in inspect.signature(family).parameters if name in parts})
 

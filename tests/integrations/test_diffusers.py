@@ -12,8 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from conftest import tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
+from conftest import tiny_flux2_pipeline, tiny_pipeline, tiny_sd3_pipeline, tiny_xl_pipeline
 from diffmorpher import Cancelled, FitConfig, Morpher, ScheduleConfig
+from diffmorpher.errors import ModelError
 
 HERE = Path(__file__).parents[2] / "integrations" / "diffusers"
 #: A film in little time; everything that a call can say is said.
@@ -43,7 +44,7 @@ def same(frames: list[Image.Image], others: list[Image.Image]) -> bool:
     return [frame.tobytes() for frame in frames] == [other.tobytes() for other in others]
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline, tiny_sd3_pipeline])
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_xl_pipeline, tiny_sd3_pipeline, tiny_flux2_pipeline])
 def test_frames_are_those_of_the_library(
     make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: list[Image.Image]
 ) -> None:
@@ -51,15 +52,22 @@ def test_frames_are_those_of_the_library(
     make().save_pretrained(tmp_path / "model")
     pipe = load(tmp_path, monkeypatch)
     assert type(pipe).__name__ == "DiffMorpherPipeline"
-    made = pipe(
-        pictures, ["a pear", "a rose"], 3, num_inference_steps=2, generator=torch.Generator().manual_seed(7), **QUICK
-    )
+    asked = {"width": 32, "height": 32, "num_inference_steps": 2, "generator": torch.Generator().manual_seed(7)}
+    made = pipe(pictures, ["a pear", "a rose"], 3, **asked, **QUICK)
     morpher = Morpher(make())
     own = replace(morpher.spec.sample, steps=2)  # a flow's own settings, exact ends, are not the paper's
-    wanted = morpher(pictures, ["a pear", "a rose"], 3, sample=own, seed=7, **QUICK)
+    wanted = morpher(pictures, ["a pear", "a rose"], 3, size=(32, 32), sample=own, seed=7, **QUICK)
     assert same(made.frames, wanted.frames)
     assert (made.alphas, made.distances) == (wanted.alphas, wanted.distances)
     assert (made.result.settings["seed"], made.result.settings["model"]) == (7, "model")
+
+
+def test_what_the_model_s_own_pipeline_is_refused_for_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pictures: list[Image.Image]
+) -> None:
+    tiny_flux2_pipeline(is_distilled=True).save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelError, match="distilled"):
+        load(tmp_path, monkeypatch)(pictures)
 
 
 def test_the_usual_arguments(loaded: Any, pictures: list[Image.Image]) -> None:

@@ -153,7 +153,7 @@ def test_the_bundled_model_gives_the_film_of_the_example(host: Any, monkeypatch:
     monkeypatch.setitem(CATALOG, "mini", replace(CATALOG["mini"], source=str(ASSETS / "mini")))
     images, *_ = run(host, workflow("morph", frames=3))["5"]
     film = wanted(frames=3)
-    assert images.shape == (3, 128, 128, 3)
+    assert images.shape == (3, 256, 256, 3)
     np.testing.assert_array_equal(images.numpy(), pixels(film.frames))
 
 

@@ -169,7 +169,10 @@ class Cluster:
             tasks = [call for call in self._at_work.values() if call.task]
             if not tasks and not again and source.is_over():
                 return
-            for done in ray.wait(list(self._at_work), num_returns=1, timeout=LOOK)[0] if self._at_work else ():
+            if not self._at_work:
+                time.sleep(LOOK)
+                continue
+            for done in ray.wait(list(self._at_work), num_returns=1, timeout=LOOK)[0]:
                 call = self._at_work.pop(done)
                 try:
                     result = ray.get(done)
@@ -195,8 +198,6 @@ class Cluster:
                     yield call.task, result
                 elif call.lead is None:
                     stillborn = 0
-            if not self._at_work:
-                time.sleep(LOOK)
 
     def _look_after(self, source: Source) -> None:
         """Note how far shared tasks are, stop those that shall, and give parts of them to actors with nothing to do."""

@@ -119,10 +119,10 @@ def try_out(wheel: Path, python: str) -> None:
 
 
 def run(command: Sequence[str], folder: Path | None = None) -> None:
-    """As in a shell that knows nothing of this checkout."""
+    """As in a shell that knows nothing of this checkout, nor of films made before: the demo is to be made, not found."""
     print("$", *command, flush=True)
     elsewhere = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    subprocess.run(command, cwd=folder, check=True, env=elsewhere)
+    subprocess.run(command, cwd=folder, check=True, env=elsewhere | {"DIFFMORPHER_CACHE_GB": "0"})
 
 
 def stop(found: Sequence[str]) -> None:

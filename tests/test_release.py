@@ -77,5 +77,8 @@ def test_the_wheel_is_tried_out_and_not_this_checkout(
     release: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
-    release.run([sys.executable, "-c", "import os; print('at', os.environ.get('PYTHONPATH'))"])
-    assert "at None" in capfd.readouterr().out
+    monkeypatch.setenv("DIFFMORPHER_CACHE_GB", "10")
+    release.run(
+        [sys.executable, "-c", "import os; print(*map(os.environ.get, ('PYTHONPATH', 'DIFFMORPHER_CACHE_GB')))"]
+    )
+    assert "None 0" in capfd.readouterr().out

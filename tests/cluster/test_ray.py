@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -197,3 +198,35 @@ def test_a_batch_is_typed_with_ray_as_without(data: Path) -> None:
         }
     again = subprocess.run([*command, "ray", "--ray"], capture_output=True, text=True)
     assert again.returncode == 0 and "0 made, 2 there already" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token(data: Path) -> None:
+    """`ray start` does where a Ray of one's own left one; whoever gives an address is asked, and told how to answer."""
+    pytest.importorskip("ray")
+    (data / "batch.toml").write_text(
+        'model = "model"\n[[film]]\npictures = ["0.png", "1.png"]\nframes = 3\nname = "a"\n'
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "diffmorpher", "morph", "--from", "batch.toml", "--lora-steps", "1"]
+    command += ["--steps", "1", "--ray", f"127.0.0.1:{port}", "-o", "films"]
+    known = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "known"}
+    silent = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    start = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--num-cpus", "1", "--port", port]
+    with (data / "log").open("w") as log:
+        cluster = subprocess.Popen([*start, "--include-dashboard", "false"], env=known, stdout=log, stderr=log)
+    try:
+        until = time.monotonic() + 120
+        while "Ray runtime started" not in (data / "log").read_text():
+            assert cluster.poll() is None and time.monotonic() < until, (data / "log").read_text()
+            time.sleep(0.2)
+        made = subprocess.run(command, env=known, capture_output=True, text=True)
+        refused = subprocess.run([*command[:-1], "others"], env=silent, capture_output=True, text=True)
+    finally:
+        cluster.send_signal(signal.SIGTERM)
+        cluster.wait(timeout=60)
+    assert made.returncode == 0 and (data / "films" / "a.mp4").is_file(), made.stderr
+    assert refused.returncode == 2 and "RAY_AUTH_MODE=token" in refused.stderr, refused.stderr
+    assert "Traceback" not in refused.stderr

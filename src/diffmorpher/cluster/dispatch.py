@@ -104,14 +104,17 @@ def _connect(ray: Any, address: str, jobs: int) -> None:
     if address == "local":
         ray.init(address="local", num_cpus=jobs, include_dashboard=False, **common)
         return
+    why = "start one with 'ray start --head', or give --ray no address."
     try:
         if match := re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address):
             socket.create_connection((match[1], int(match[2])), timeout=10).close()  # Ray itself tries for minutes
+            why = (
+                "what answers there must be a Ray of the same release; if it asks for a token, set RAY_AUTH_MODE=token in the "
+                "environment, and have its ~/.ray/auth_token here."
+            )
         ray.init(address=address, **common)
     except (OSError, OverflowError, RuntimeError, ValueError) as error:  # ConnectionError is an OSError
-        raise ConfigError(
-            f"no Ray cluster is reached at {address!r}: start one with 'ray start --head', or give --ray no address."
-        ) from error
+        raise ConfigError(f"no Ray cluster is reached at {address!r}: {why}") from error
 
 
 @dataclass

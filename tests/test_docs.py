@@ -30,7 +30,7 @@ PICTURES = {"a": "pear", "b": "rose", "c": "tulip", "cat": "cat-face", "dog": "d
 #: Folders with a page of their own.
 OTHERS = ("benchmarks", "training", "integrations/comfyui", "integrations/space")
 #: What else a line of an example may begin with: nothing of ours.
-NOT_OURS = ("pip install", "make ", "hf upload")
+NOT_OURS = ("pip install", "make ", "hf ")
 #: Commands that take long, and have tests of their own: here only their options are read.
 READ_ONLY = ("bench", "compare", "study", "web", "serve")
 

@@ -115,3 +115,16 @@ def test_the_front_matter_is_what_hugging_face_reads() -> None:
         "gray",
     }
     assert len(said["short_description"]) <= 60 and said["title"] and said["emoji"]
+
+
+@pytest.mark.parametrize(
+    "page", [SPACE / "README.md", SPACE.parents[1] / "docs" / "integrations.md"], ids=lambda page: page.name
+)
+def test_what_is_to_be_typed_is_known_to_hugging_face_s_program(page: Path) -> None:
+    """Read by it, not done: it looks at its options before it shows its help."""
+    lines = re.findall(r"^\$ (hf .*)$", page.read_text("utf-8"), re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        command = [Path(sys.executable).with_name("hf"), *line.split()[1:], "--help"]
+        read = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+        assert read.returncode == 0, f"{line}: {read.stderr}"

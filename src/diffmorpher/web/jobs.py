@@ -6,12 +6,14 @@ of his job and may cancel it, which stops it within one step.
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +48,8 @@ KEPT_PATHS = 4
 KEPT_FILMS = 12
 #: Visitors whose page is gone and who may come back.
 KEPT_VISITS = 8
+#: Seconds after which an upload that has not come to its end never will.
+BROKEN_OFF = 3600.0
 
 
 class Studio:
@@ -66,10 +70,10 @@ class Studio:
         self.model = model or Model()
         self.model.leaving.append(self._let_go)
         self.speed = Speed()
-        self.own = Session(root)  # holds what must stay
+        self.own: set[Path] = set()  # files of the upload folder that stay: the page's own pictures
         self._sessions: dict[str, Session] = {}
         self._tokens: dict[str, str] = {}  # of browsers' tabs, to the key of the visitor there
-        self._uploads: Counter[Path] = Counter()  # files of the upload folder, by how many visitors hold them
+        self._uploads: Counter[tuple[Path, int]] = Counter()  # files of visitors, by how many of these hold them
         self._lock = threading.Lock()
         self._paths: OrderedDict[str, MorphPath] = OrderedDict()
 
@@ -77,12 +81,24 @@ class Studio:
 
     def session(self, key: str) -> Session:
         """The visitor of that key, who may be new."""
+        if key not in self._sessions:
+            self._tidy()
         with self._lock:
             if key not in self._sessions:
                 folder = self.root / "sessions" / secrets.token_urlsafe(24)
                 folder.mkdir(parents=True, mode=0o700)
                 self._sessions[key] = Session(folder)
             return self._sessions[key]
+
+    def _tidy(self) -> None:
+        """Remove what programs left behind, and uploads that broke off."""
+        for key, session in list(self._sessions.items()):
+            if session.until < time.monotonic():
+                self.end(key)
+        for file in self.root.glob("uploads/tmp*"):
+            with suppress(OSError):
+                if file.stat().st_mtime < time.time() - BROKEN_OFF:
+                    file.unlink()
 
     def leave(self, key: str) -> None:
         """The visitor's page is gone; what is his goes in a while, unless he comes back. Programs do not."""
@@ -126,8 +142,8 @@ class Studio:
         for job in session.jobs.values():
             job.cancel()
         shutil.rmtree(session.folder, ignore_errors=True)
-        for file in session.uploads:
-            self._release(file)
+        for upload in session.uploads:
+            self._release(upload)
 
     def close(self) -> None:
         """Everything ends; the folder is removed."""
@@ -137,17 +153,25 @@ class Studio:
 
     def hold(self, session: Session, file: Path) -> None:
         """A file outside the visitor's folder that must go when he goes. Equal files of several visitors are one file."""
+        file = Path(os.path.abspath(file))  # one name for each, whatever a program sends
+        if file in self.own or not file.is_file():
+            return
         with self._lock:
-            session.uploads.append(file)
-            self._uploads[file] += 1
+            # Who sends an equal file puts a new one in the place of this, which must not go with who sent it before.
+            session.uploads.append((file, file.stat().st_ino))
+            self._uploads[session.uploads[-1]] += 1
 
-    def _release(self, file: Path) -> None:
+    def _release(self, upload: tuple[Path, int]) -> None:
+        file, number = upload
         with self._lock:
-            self._uploads[file] -= 1
-            if self._uploads[file] > 0:
+            self._uploads[upload] -= 1
+            if self._uploads[upload] > 0:
                 return
-            del self._uploads[file]
-        file.unlink(missing_ok=True)
+            del self._uploads[upload]
+        with suppress(OSError):
+            if file.stat().st_ino == number:
+                file.unlink()
+                file.parent.rmdir()  # gradio makes one for each
 
     def add_picture(self, session: Session, upload: Path, ours: bool = False) -> Picture:
         """Check a picture and copy it into the visitor's folder; ours: not an upload. Raises `ImageError`."""
@@ -156,7 +180,8 @@ class Studio:
         if len(session.pictures) >= MAX_PICTURES:
             raise ImageError(f"There are {MAX_PICTURES} pictures already: remove one first.")
         check_picture(upload)
-        name = different_names([*(picture.name for picture in session.pictures), upload.name])[-1]
+        shown = "".join(filter(str.isprintable, upload.name))  # no letters that turn the direction of those around them
+        name = different_names([*(picture.name for picture in session.pictures), shown])[-1]
         file = session.folder / f"{secrets.token_hex(4)}{upload.suffix}"
         shutil.copyfile(upload, file)
         session.pictures.append(Picture(name, file))

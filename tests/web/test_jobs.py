@@ -524,7 +524,7 @@ def test_a_film_that_is_gone_is_not_found(tmp_path: Path) -> None:
     from starlette.routing import Route
     from starlette.testclient import TestClient
 
-    from diffmorpher.web.page import Guard
+    from diffmorpher.web.guard import Guard
 
     def breaks(request: object) -> None:
         raise RuntimeError("something else")

@@ -38,6 +38,7 @@ class Server:
         while "Open http" not in self.log:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log
             time.sleep(0.1)
+        self.own = self.files("uploads/*/*")  # the page's own pictures
 
     @property
     def log(self) -> str:

@@ -47,6 +47,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert "Traceback" not in server.log, server.log
 
 
+@pytest.fixture
+def client(server: Server) -> Iterator[Client]:
+    client = Client(server)
+    yield client
+    client.leave()
+
+
 def picture(number: int) -> Image.Image:
     return Image.effect_noise((64, 64), 20 + 4 * number).convert("RGB")
 
@@ -66,15 +73,19 @@ def two(client: Client, number: int) -> list[dict[str, Any]]:
     return [client.upload("cat.png", CAT), client.upload(f"own-{number}.png", png(OWN[number]))]
 
 
-def settled(server: Server, own: set[str]) -> None:
+def uploads(server: Server) -> set[Path]:
+    """Files that were uploaded or made, each in a folder of its own; half uploads lie beside these folders."""
+    return set(server.files("uploads/*/*"))
+
+
+def settled(server: Server, before: set[Path]) -> None:
     """Whoever has left has left nothing, but for half uploads, which go in an hour."""
     deadline = time.monotonic() + 60
     while True:
-        visits = server.files("sessions/*")
-        uploads = {file.parent.name for file in server.files("uploads/*/*")} - own
-        if not visits and not uploads:
+        visits, left = server.files("sessions/*"), uploads(server) - before
+        if not visits and not left:
             return
-        assert time.monotonic() < deadline, (visits, uploads)
+        assert time.monotonic() < deadline, (visits, left)
         time.sleep(0.2)
 
 
@@ -95,7 +106,7 @@ def stays(server: Server, number: int) -> bytes | str:
     client = Client(server)
     try:
         if number in (6, 7):
-            files, settings = two(client, number), {"steps": 1000 + number}
+            files, settings = two(client, number), {"steps": 900 + number}
         elif number == 8:
             files, settings = two(client, number)[1:], {}
         elif number == 9:
@@ -112,8 +123,8 @@ def stays(server: Server, number: int) -> bytes | str:
 
 #: What those who make a mistake are told.
 TOLD = {
-    6: "Steps is 1006, but can be at most 200 on this page; the command line takes more.",
-    7: "Steps is 1007, but can be at most 200 on this page; the command line takes more.",
+    6: "Steps is 906, but can be at most 200 on this page; the command line takes more.",
+    7: "Steps is 907, but can be at most 200 on this page; the command line takes more.",
     8: "A morph needs at least two images: give another one.",
     9: "Picture 'notes-9.png' is not a picture in a format that can be read: save it as PNG or JPEG.",
 }
@@ -123,7 +134,7 @@ def leaves(server: Server, number: int) -> None:
     """In the middle: of an upload, of the line, of his film, of its download."""
     client = Client(server)
     moment = ("upload", "line", "film", "download", "upload and film")[number % 5]
-    files = two(client, number)
+    files = [] if moment == "upload" else two(client, number)
     if "upload" in moment:
         client.upload_half(f"half-{number}.png", bytes(100_000))
     if moment != "upload":
@@ -138,8 +149,8 @@ def leaves(server: Server, number: int) -> None:
 
 
 def test_twenty_visitors_at_once_of_whom_half_leave(server: Server, tmp_path: Path) -> None:
-    own = {file.parent.name for file in server.files("uploads/*/*")}
-    settled(server, own)
+    before = uploads(server)
+    settled(server, before)
     process, films, megabytes, spent = psutil.Process(server.process.pid), dict[int, bytes](), [], []
     for _ in range(ROUNDS):
         started = time.monotonic()
@@ -149,7 +160,7 @@ def test_twenty_visitors_at_once_of_whom_half_leave(server: Server, tmp_path: Pa
             got = {number: each.result() for number, each in staying.items()}
             for each in leaving:
                 each.result()
-        settled(server, own)
+        settled(server, before)
         spent.append(time.monotonic() - started)
         megabytes.append(process.memory_info().rss / 1e6)
         assert {number: text for number, text in got.items() if isinstance(text, str)} == TOLD
@@ -228,8 +239,8 @@ def sent(server: Server, head: bytes, body: bytes, length: int | None = None) ->
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: ascii(name)[2:30])
-def test_a_name_that_lies(server: Server, tmp_path: Path, name: bytes) -> None:
-    before, client = everything(server), Client(server)
+def test_a_name_that_lies(server: Server, client: Client, tmp_path: Path, name: bytes) -> None:
+    before, held = everything(server), uploads(server)
     head = b'Content-Disposition: form-data; name="files"; filename="' + name + b'"\r\nContent-Type: image/png'
     status, headers, said = sent(server, head, png(OWN[1]))
     assert "set-cookie" not in headers.lower()
@@ -250,7 +261,7 @@ def test_a_name_that_lies(server: Server, tmp_path: Path, name: bytes) -> None:
     else:
         assert status in (400, 413) and NAMES[name] is None and "Traceback" not in said
     client.leave()
-    settled(server, {file.parent.name for file in server.files("uploads/*/*")})
+    settled(server, held if status == 200 else uploads(server))
     assert everything(server) == before
 
 
@@ -272,19 +283,15 @@ PAGE = b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>
     ],
     ids=lambda value: value if isinstance(value, str) and "." in value else "",
 )
-def test_a_file_that_lies(server: Server, name: str, kind: str, data: bytes) -> None:
-    client = Client(server)
+def test_a_file_that_lies(server: Server, client: Client, name: str, kind: str, data: bytes) -> None:
     what, said = outcome(client.call([client.upload("cat.png", CAT), client.upload(name, data, kind)], **SMALL))
     assert what == "error" and name in said and str(server.folder) not in said, said
     assert len(said) < 200 and "Something went wrong" not in said
-    client.leave()
 
 
-def test_a_kind_that_lies_does_not_matter(server: Server) -> None:
-    client = Client(server)
+def test_a_kind_that_lies_does_not_matter(server: Server, client: Client) -> None:
     files = [client.upload("cat.png", CAT), client.upload("rose.exe", png(OWN[2]), "application/x-msdownload")]
     assert outcome(client.call(files, **SMALL))[0] == "film"
-    client.leave()
 
 
 @pytest.mark.parametrize(("length", "status"), [(10**11, 413), (-5, 400), (200, 200)])
@@ -298,23 +305,19 @@ def test_a_length_that_lies(server: Server, length: int, status: int) -> None:
 WRONG: list[Any] = [[], {}, [[]], True, -1, 1.5, 10**30, "x", "x" * 10**6, "../../etc/passwd", {"a": [1]}, [None]]
 
 
-def test_values_of_wrong_types(server: Server) -> None:
+def test_values_of_wrong_types(server: Server, client: Client) -> None:
     """Each is refused in a sentence, or means nothing; nothing is made of it that its sender did not ask for."""
-    client = Client(server)
     files = two(client, 3)
     names = [each["parameter_name"] for each in client._parameters()]
     said: dict[tuple[str, str], str] = {}
     for name in names[1:]:
         for value in WRONG:
-            if name in ("seed", "size", "prompts") and value in (-1, "x", "../../etc/passwd") and name == "prompts":
-                continue  # a prompt like another
             what, text = outcome(client.call(files[:1], **{"prompts": None} | {name: value}))
             # One picture alone makes no film, so that a value that means something ends there.
             assert what == "error", (name, value)
             said[name, str(value)[:20]] = text
-            assert len(text) < 300 and "Something went wrong" not in text and text[-1:] in ".,", (name, value, text)
+            assert len(text) < 1000 and "Something went wrong" not in text and text[-1:] in ".,", (name, value, text)
     assert len({text for text in said.values()}) > 50
-    client.leave()
 
 
 @pytest.mark.parametrize(
@@ -326,33 +329,28 @@ def test_values_of_wrong_types(server: Server) -> None:
     ],
     ids=lambda value: str(value)[:30].replace("\0", ""),
 )  # fmt: skip
-def test_pictures_that_are_none(server: Server, images: Any) -> None:
-    client = Client(server)
+def test_pictures_that_are_none(server: Server, client: Client, images: Any) -> None:
     if isinstance(images, list) and images and isinstance(images[0], dict):
         images = [each | {"meta": {"_type": "gradio.FileData"}} for each in images]
     what, said = outcome(client.call(images, **SMALL))
     assert what == "error" and len(said) < 300 and said.endswith("."), said
     assert "passwd" not in said and "Something went wrong" not in said
-    client.leave()
 
 
-def test_a_name_for_the_pages_own_pictures_does_not_remove_them(server: Server) -> None:
-    own = server.files("uploads/*/*.png")
-    client = Client(server)
-    other = client.upload("cat.png", CAT)
+def test_a_name_for_the_pages_own_pictures_does_not_remove_them(server: Server, client: Client) -> None:
+    before, other = uploads(server), client.upload("fox.png", png(picture(99)))
     folder = Path(other["path"]).parent
-    files = [{"path": f"{folder}/../{file.parent.name}/{file.name}", "meta": other["meta"]} for file in own[:2]]
-    outcome(client.call(files, **SMALL))
+    files = [{"path": f"{folder}/../{file.parent.name}/{file.name}", "meta": other["meta"]} for file in server.own]
+    assert len(files) >= 4 and outcome(client.call(files, **SMALL))[0] == "film"
     client.leave()
-    settled(server, {file.parent.name for file in own})
-    assert server.files("uploads/*/*.png") == own
+    settled(server, before)
+    assert all(file.exists() for file in server.own)
 
 
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b"null", b'{"data": 5}', b'{"data": []}', b'{"data": [1, 2]}', b"\xff"]
 )
-def test_requests_that_are_none(server: Server, body: bytes) -> None:
-    client = Client(server)
+def test_requests_that_are_none(server: Server, client: Client, body: bytes) -> None:
     kind = {"content-type": "application/json"}
     answer = client.http.post("gradio_api/call/morph", content=body, headers=kind)
     if answer.status_code == 200:
@@ -360,12 +358,10 @@ def test_requests_that_are_none(server: Server, body: bytes) -> None:
         assert "event: error" in events and "The request cannot be read" in events
     else:
         assert answer.status_code in (400, 422) and "Traceback" not in answer.text
-    assert client.http.post("gradio_api/run/morph", content=body, headers=kind).status_code in (404, 422)
-    client.leave()
+    assert client.http.post("gradio_api/run/morph", content=body, headers=kind).status_code in (400, 404, 422)
 
 
-def test_headers_on_all_that_is_served(server: Server) -> None:
-    client = Client(server)
+def test_headers_on_all_that_is_served(server: Server, client: Client) -> None:
     _, film = outcome(client.call(two(client, 4), **SMALL))
     for path in ("", "config", "theme.css", "nothing", "gradio_api/info", film, "gradio_api/file=/etc/passwd"):
         headers = client.http.get(path).headers
@@ -377,12 +373,10 @@ def test_headers_on_all_that_is_served(server: Server) -> None:
     assert client.http.get(film).headers["cache-control"] == "private, no-store"
     stranger = client.http.get("config", headers={"origin": "http://example.com"}).headers
     assert stranger.get("access-control-allow-origin") in (None, "")
-    client.leave()
 
 
-def test_plain_http_without_a_name_of_its_own(server: Server) -> None:
+def test_plain_http_without_a_name_of_its_own(server: Server, client: Client) -> None:
     """As curl calls it: who does not say who he is is nobody else."""
-    client = Client(server)
     names = [each["parameter_name"] for each in client._parameters()]
 
     def ask(number: int) -> str:
@@ -395,4 +389,3 @@ def test_plain_http_without_a_name_of_its_own(server: Server) -> None:
         for number, events in enumerate(pool.map(ask, range(3))):
             assert "event: complete" in events, events
             assert f'["curl {number}", "curl {number}"]' in events and f"own-{number}.png" in events
-    client.leave()

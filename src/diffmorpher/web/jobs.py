@@ -6,14 +6,12 @@ of his job and may cancel it, which stops it within one step.
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +31,7 @@ from .checks import MAX_FILE_BYTES, check_bytes, check_picture, of_pictures, wit
 from .estimate import Speed
 from .line import Job, Line, Work
 from .settings import MAX_PICTURES, check_frames, chosen, different_names
+from .uploads import Uploads
 from .visits import Film, Picture, Session, video_suffix
 
 if TYPE_CHECKING:
@@ -48,8 +47,8 @@ KEPT_PATHS = 4
 KEPT_FILMS = 12
 #: Visitors whose page is gone and who may come back.
 KEPT_VISITS = 8
-#: Seconds after which an upload that has not come to its end never will.
-BROKEN_OFF = 3600.0
+#: Seconds for which requests of a visitor who has left may still be under way.
+UNDER_WAY = 20.0
 
 
 class Studio:
@@ -70,10 +69,10 @@ class Studio:
         self.model = model or Model()
         self.model.leaving.append(self._let_go)
         self.speed = Speed()
-        self.own: set[Path] = set()  # files of the upload folder that stay: the page's own pictures
+        self.uploads = Uploads(root / "uploads")
         self._sessions: dict[str, Session] = {}
         self._tokens: dict[str, str] = {}  # of browsers' tabs, to the key of the visitor there
-        self._uploads: Counter[tuple[Path, int]] = Counter()  # files of visitors, by how many of these hold them
+        self._left: dict[str, float] = {}  # keys of visitors, and when they left
         self._lock = threading.Lock()
         self._paths: OrderedDict[str, MorphPath] = OrderedDict()
 
@@ -86,19 +85,21 @@ class Studio:
         with self._lock:
             if key not in self._sessions:
                 folder = self.root / "sessions" / secrets.token_urlsafe(24)
+                if key in self._left:  # a request that was under way when he left
+                    return Session(folder, closed=True)
                 folder.mkdir(parents=True, mode=0o700)
                 self._sessions[key] = Session(folder)
             return self._sessions[key]
 
     def _tidy(self) -> None:
         """Remove what programs left behind, and uploads that broke off."""
+        now = time.monotonic()
         for key, session in list(self._sessions.items()):
-            if session.until < time.monotonic():
+            if session.until < now:
                 self.end(key)
-        for file in self.root.glob("uploads/tmp*"):
-            with suppress(OSError):
-                if file.stat().st_mtime < time.time() - BROKEN_OFF:
-                    file.unlink()
+        with self._lock:
+            self._left = {key: left for key, left in self._left.items() if left > now - UNDER_WAY}
+        self.uploads.tidy()
 
     def leave(self, key: str) -> None:
         """The visitor's page is gone; what is his goes in a while, unless he comes back. Programs do not."""
@@ -110,6 +111,8 @@ class Studio:
                 session.ending = threading.Timer(self.keep, self.end, [key])
                 session.ending.daemon = True
                 session.ending.start()
+            if not stays:
+                self._left[key] = time.monotonic()
         if not stays:
             self.end(key)
         elif len(away) >= KEPT_VISITS:
@@ -142,8 +145,7 @@ class Studio:
         for job in session.jobs.values():
             job.cancel()
         shutil.rmtree(session.folder, ignore_errors=True)
-        for upload in session.uploads:
-            self._release(upload)
+        self.uploads.release(session)
 
     def close(self) -> None:
         """Everything ends; the folder is removed."""
@@ -151,32 +153,10 @@ class Studio:
             self.end(key)
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def hold(self, session: Session, file: Path) -> None:
-        """A file outside the visitor's folder that must go when he goes. Equal files of several visitors are one file."""
-        file = Path(os.path.abspath(file))  # one name for each, whatever a program sends
-        if file in self.own or not file.is_file():
-            return
-        with self._lock:
-            # Who sends an equal file puts a new one in the place of this, which must not go with who sent it before.
-            session.uploads.append((file, file.stat().st_ino))
-            self._uploads[session.uploads[-1]] += 1
-
-    def _release(self, upload: tuple[Path, int]) -> None:
-        file, number = upload
-        with self._lock:
-            self._uploads[upload] -= 1
-            if self._uploads[upload] > 0:
-                return
-            del self._uploads[upload]
-        with suppress(OSError):
-            if file.stat().st_ino == number:
-                file.unlink()
-                file.parent.rmdir()  # gradio makes one for each
-
-    def add_picture(self, session: Session, upload: Path, ours: bool = False) -> Picture:
-        """Check a picture and copy it into the visitor's folder; ours: not an upload. Raises `ImageError`."""
-        if not ours:
-            self.hold(session, upload)
+    def add_picture(self, session: Session, upload: Path, held: bool = False) -> Picture:
+        """Check a picture and copy it into the visitor's folder; held: its file need not go with him. Raises `ImageError`."""
+        if not held:
+            self.uploads.hold(session, upload)
         if len(session.pictures) >= MAX_PICTURES:
             raise ImageError(f"There are {MAX_PICTURES} pictures already: remove one first.")
         check_picture(upload)
@@ -311,8 +291,10 @@ class Studio:
     def _start(self, session: Session, kind: str, work: Work) -> Job:
         if kind in session.jobs:
             session.jobs[kind].cancel()  # a visitor has one job of a kind, the last one asked for
-        session.jobs[kind] = self.line.submit(work)
-        return session.jobs[kind]
+        job = session.jobs[kind] = self.line.submit(work)
+        if session.closed:
+            job.cancel()
+        return job
 
     def _film(self, session: Session) -> Film:
         if session.film is None:

@@ -64,7 +64,7 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     page = build(studio, typed_models)
-    studio.own.update(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))  # which a visitor may upload too
+    studio.uploads.own.update(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
     try:
         try:
             _, url, public = page.launch(
@@ -91,7 +91,7 @@ def serve(
 def mount(app: Any, studio: Studio, path: str, auth: Callable[[str, str], bool] | None) -> None:
     """Put the page into another app, under `path`; auth: whether a name and a password may see it, None for everyone."""
     page = build(studio, typed_models=True)
-    studio.own.update(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
+    studio.uploads.own.update(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
     gr.mount_gradio_app(app, page, path, auth=auth, **_served(studio.root))
     studio.warm_up()
 
@@ -176,7 +176,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
 
             def start() -> Job:
                 for file in [*(loras or []), *(styles or []), *filter(None, (sound, path))]:
-                    studio.hold(session, Path(file))
+                    studio.uploads.hold(session, Path(file))
                 return studio.morph(
                     session,
                     studio.recipe(dict(zip(settings, sent, strict=True))),
@@ -197,7 +197,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             if file is None:
                 return {film_note: gr.update(visible=False)}
             session = studio.session(key_of(request))
-            studio.hold(session, Path(file))
+            studio.uploads.hold(session, Path(file))
             try:
                 recipe = replace(Recipe.read(file), device=None, dtype=None)  # the page's machine decides
                 values, missing = fields_of(recipe)

@@ -61,10 +61,13 @@ def add_endpoint(studio: Studio, settings: dict[str, Any]) -> None:
         session = studio.session(call)
 
         def start() -> Job:
+            files = [Path(image["path"]) for image in images or []]
+            for file in files:
+                studio.uploads.hold(program, file)  # it may be sent with other settings too
             texts = _texts(prompts)
             recipe = studio.recipe(dict(zip(settings, sent, strict=True)))
-            for image in images or []:
-                studio.add_picture(session, Path(image["path"]))
+            for file in files:
+                studio.add_picture(session, file, held=True)
             job = program.jobs[call] = studio.morph(session, recipe, session.pictures, texts)
             if program.closed:  # it has left meanwhile
                 job.cancel()
@@ -77,7 +80,7 @@ def add_endpoint(studio: Studio, settings: dict[str, Any]) -> None:
             if job.error is not None:
                 raise job.error
             out = Path(save_file_to_cache(job.result.video, film.GRADIO_CACHE))
-            studio.hold(program, out)
+            studio.uploads.hold(program, out)
             return str(out), figures(job.result)
         except Exception as error:
             raise gr.Error(explain(error), print_exception=False) from None

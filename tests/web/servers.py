@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from glob import glob
 from html import unescape
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ class Server:
         return self._log.read_text()
 
     def files(self, pattern: str) -> list[Path]:
-        return sorted(self.folder.glob(f"diffmorpher-web-*/{pattern}"))
+        # Path.glob fails where a folder goes while it looks.
+        return sorted(map(Path, glob(f"{self.folder}/diffmorpher-web-*/{pattern}", include_hidden=True)))
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         self.process.send_signal(number)

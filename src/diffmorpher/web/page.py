@@ -32,7 +32,7 @@ from .jobs import Studio, explain
 from .line import Job
 from .panel import models, placeholders, settings_panel
 from .parts import Result, Updates, key_of, quietly
-from .programs import Page, add_endpoint
+from .programs import STATES, Page, add_endpoint
 from .settings import MAX_PICTURES, chosen, fields_of, weighted
 from .storyboard import ABOUT, Storyboard
 
@@ -74,6 +74,7 @@ def serve(
                 auth=auth,
                 prevent_thread_lock=True,
                 quiet=True,
+                state_session_capacity=STATES,
                 **_served(root),
             )
         except OSError as error:
@@ -92,6 +93,7 @@ def mount(app: Any, studio: Studio, path: str, auth: Callable[[str, str], bool] 
     """Put the page into another app, under `path`; auth: whether a name and a password may see it, None for everyone."""
     page = build(studio, typed_models=True)
     studio.uploads.own.update(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
+    page.state_session_capacity = STATES
     gr.mount_gradio_app(app, page, path, auth=auth, **_served(studio.root))
     studio.warm_up()
 
@@ -107,6 +109,7 @@ def _served(root: Path) -> dict[str, Any]:
         "allowed_paths": [str(root / "sessions")],
         "app_kwargs": {"middleware": [Middleware(Guard), Middleware(BodyLimit, most=MAX_BODY)]},
         "footer_links": [],
+        "show_error": False,  # whatever is not meant for visitors
         "run_history": False,  # it would keep visitors' pictures in the browser
         "enable_monitoring": False,
         "ssr_mode": False,
@@ -302,6 +305,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
 
         def leave(request: gr.Request) -> None:
             studio.leave(key_of(request))
+            page.forget(key_of(request))
 
         page.unload(leave)
     page.queue(default_concurrency_limit=None, api_open=False)  # else a call may have no session, which all such shared

@@ -19,6 +19,8 @@ from .parts import LOOK, key_of
 
 #: Seconds for which a program's film can be fetched; most programs tell when they leave, plain HTTP does not.
 KEPT = 3600.0
+#: Visits whose fields gradio keeps, 0.4 MB each: more are forgotten, those that were used longest ago first.
+STATES = 200
 
 
 class Page(gr.Blocks):
@@ -37,6 +39,19 @@ class Page(gr.Blocks):
                 "uploaded here before.",
                 print_exception=False,
             ) from None
+
+    async def postprocess_data(self, *given: Any, **named: Any) -> list[Any]:
+        try:
+            return await super().postprocess_data(*given, **named)
+        except Exception as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise gr.Error("The film is gone, as its visitor has left.", print_exception=False) from None
+            raise
+
+    def forget(self, key: str) -> None:
+        """Drop the fields of a visit that is over, which gradio would keep."""
+        self.state_holder.session_data.pop(key, None)
+        self.state_holder.time_last_used.pop(key, None)
 
 
 def _is_elsewhere(sent: Any) -> bool:

@@ -49,11 +49,10 @@ class Uploads:
             with suppress(OSError):
                 if file.stat().st_ino == inode:
                     file.unlink()
-                    file.parent.rmdir()  # gradio makes one for each
 
     def tidy(self) -> None:
-        """Remove what broke off."""
-        for file in self._folder.glob("tmp*"):
-            with suppress(OSError):
-                if file.stat().st_mtime < time.time() - BROKEN_OFF:
-                    file.unlink()
+        """Remove what broke off, and the folders that gradio makes for each file, once nobody is about to use them again."""
+        for path in self._folder.glob("*"):
+            with suppress(OSError):  # such as that of a folder with a file in it
+                if path.stat().st_mtime < time.time() - BROKEN_OFF:
+                    path.rmdir() if path.is_dir() else path.unlink()

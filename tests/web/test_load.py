@@ -177,7 +177,8 @@ def test_twenty_visitors_at_once_of_whom_half_leave(server: Server, tmp_path: Pa
     print(
         f"{VISITORS} visitors, {ROUNDS} times; seconds {[round(s) for s in spent]}, MB {[round(m) for m in megabytes]}"
     )
-    assert max(megabytes[2:]) <= 1.02 * megabytes[1], megabytes
+    # The lowest of three, as what was freed may not have been given back yet.
+    assert min(megabytes[-3:]) <= 1.02 * min(megabytes[1:4]), megabytes
 
 
 def test_a_program_may_ask_for_several_films_at_once(server: Server) -> None:
@@ -340,7 +341,9 @@ def test_pictures_that_are_none(server: Server, client: Client, images: Any) -> 
 def test_a_name_for_the_pages_own_pictures_does_not_remove_them(server: Server, client: Client) -> None:
     before, other = uploads(server), client.upload("fox.png", png(picture(99)))
     folder = Path(other["path"]).parent
-    files = [{"path": f"{folder}/../{file.parent.name}/{file.name}", "meta": other["meta"]} for file in server.own]
+    files = [{"path": f"{folder}/../{file.parent.name}/{file.name}", "meta": other["meta"]} for file in server.own] + [
+        other
+    ]
     kind, what = outcome(client.call(files, **SMALL | {"frames": 9}))
     assert len(files) >= 4 and kind == "film", what
     client.leave()

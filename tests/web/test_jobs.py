@@ -595,11 +595,23 @@ def test_a_film_that_is_gone_is_not_found(tmp_path: Path) -> None:
     def breaks(request: object) -> None:
         raise RuntimeError("something else")
 
-    routes = [Route("/film.mp4", lambda request: FileResponse(tmp_path / "film.mp4")), Route("/breaks", breaks)]
-    client = TestClient(Starlette(routes=routes, middleware=[Middleware(Guard)]))
-    assert client.get("/film.mp4").status_code == 404
-    (tmp_path / "film.mp4").write_bytes(b"a film")
-    found = client.get("/film.mp4")
+    film = tmp_path / "film.mp4"
+
+    def goes(request: object) -> FileResponse:
+        film.write_bytes(b"a film")
+        answer = FileResponse(film, stat_result=film.stat())
+        film.unlink()
+        return answer
+
+    routes = [Route("/file=film.mp4", lambda request: FileResponse(film)), Route("/file=goes.mp4", goes)]
+    app = Starlette(routes=[*routes, Route("/breaks", breaks)], middleware=[Middleware(Guard)])
+    client = TestClient(app)
+    assert client.get("/file=film.mp4").status_code == 404
+    assert (
+        client.get("/file=goes.mp4").content == b""
+    )  # after the headers: it breaks off, and is no fault of the server's
+    film.write_bytes(b"a film")
+    found = client.get("/file=film.mp4")
     assert found.status_code == 200 and found.content == b"a film" and "content-security-policy" in found.headers
     assert found.headers["x-frame-options"] == "SAMEORIGIN"
     with pytest.raises(RuntimeError, match="something else"):

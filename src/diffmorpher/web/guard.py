@@ -52,11 +52,13 @@ class Guard:
             await self._app(scope, receive, with_headers)
         except ClientDisconnect:  # in the middle of an upload: there is nobody to answer
             return
-        except RuntimeError as error:
-            if started or "does not exist" not in str(error):
+        except (RuntimeError, FileNotFoundError) as error:
+            # A page that has been left, and its films with it, may have been about to play one, or begun to.
+            gone = isinstance(error, FileNotFoundError) or "does not exist" in str(error)
+            if not gone or "/file=" not in scope["path"]:
                 raise
-            # A page that has been left, and its films with it, may have been about to play one.
-            await PlainTextResponse("Not found", 404)(scope, receive, send)
+            if not started:
+                await PlainTextResponse("Not found", 404)(scope, receive, send)
 
 
 class BodyLimit:

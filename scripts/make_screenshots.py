@@ -5,10 +5,13 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import Browser, sync_playwright
+
+from diffmorpher.models.catalog import ASSETS
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = "/usr/bin/chromium"
@@ -52,10 +55,46 @@ def main() -> None:
                     )
                 print(f"docs/{name}.png", flush=True)
                 page.close()
+            storyboard(browser, f"http://127.0.0.1:{port}/")
             browser.close()
     finally:
         server.terminate()
         server.wait()
+
+
+def storyboard(browser: Browser, url: str) -> None:
+    """Three pictures, of which one is wide, is held, and has had its crop moved."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(url)
+    wide, fox = (
+        Image.new("RGB", (400, 200), (236, 240, 245)),
+        Image.open(ASSETS / "demo" / "fox-face.png").convert("RGB"),
+    )
+    fox = fox.resize((170, 170))
+    wide.paste(fox, (200, 15), fox.convert("L").point(lambda level: 255 * (level < 248)))
+    with tempfile.TemporaryDirectory() as folder:
+        wide.save(Path(folder) / "fox.png")
+        files = [ASSETS / "demo" / "tiger-face.png", Path(folder) / "fox.png", ASSETS / "demo" / "wolf-face.png"]
+        page.set_input_files("#pick input[type=file]", files)
+        page.locator("img.thumb").nth(2).wait_for()
+    for i, text in enumerate(("a tiger face", "a fox face", "a wolf face")):
+        page.fill(f"#prompt-{i + 1} input", text)
+    for _ in range(4):
+        page.locator(".crop").press("ArrowRight")
+    for field, text in (("hold-2", "0.5"), ("stretch-1", "2"), ("stretch-2", "1")):
+        page.locator(f"#{field} input").press_sequentially(text)
+        page.keyboard.press("Tab")
+    page.wait_for_timeout(1000)
+    first, last = (page.locator(".picture").nth(i).bounding_box() for i in (0, 2))
+    assert first is not None and last is not None
+    clip = {
+        "x": first["x"],
+        "y": first["y"],
+        "width": first["width"],
+        "height": last["y"] + last["height"] - first["y"],
+    }
+    page.screenshot(path=ROOT / "docs/storyboard.png", clip=clip)  # type: ignore[arg-type]
+    print("docs/storyboard.png", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,14 +4,16 @@
 - the autoencoder's PSNR and perceptual distance on every held-out picture,
 - the same for input -> LoRA fit -> inversion -> sampling on the pictures of twelve held-out pairs,
 and writes sheets to be looked at: pictures.png (64 names drawn from the training set, with their names), morphs.png (the
-twelve pairs) and, beside them, figures.json.
+twelve pairs), further.png (twelve pairs that nobody chose) and, beside them, figures.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import random
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -27,7 +29,7 @@ from training.autoencoder import psnr, reconstruct
 
 # What can be named at sight: not flags, signs, times of day or the many people.
 NAMEABLE = {"Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities", "Smileys & Emotion"}
-PARTS = ("autoencoder", "pictures", "morphs")
+PARTS = ("autoencoder", "pictures", "morphs", "further")
 
 
 def main() -> None:
@@ -50,9 +52,13 @@ def main() -> None:
         elif part == "pictures":
             pictures(morpher, training).save(args.out / "pictures.png")
         elif part == "morphs":
-            sheet, ends = morphs(morpher, args.work, held_out)
+            sheet, ends = morphs(morpher, args.work, held_out, twelve_pairs())
             sheet.save(args.out / "morphs.png")
             figures |= ends
+        elif part == "further":
+            pairs = further_pairs(held_out)
+            print("\n".join(" to ".join(pair) for pair in pairs))
+            morphs(morpher, args.work, held_out, pairs)[0].save(args.out / "further.png")
         else:
             parser.error(f"there is no part {part!r}; there are {', '.join(PARTS)}")
         file.write_text(json.dumps(figures, indent=2) + "\n")
@@ -83,10 +89,33 @@ def pictures(morpher: Morpher, training: list[data.Picture], guidance: float = 3
     return _sheet(made, names, columns=8)
 
 
-def morphs(morpher: Morpher, work: Path, held_out: list[data.Picture]) -> tuple[Image.Image, dict[str, float]]:
-    """Films of 16 frames at the paper's settings between three pairs each of animals, food, vehicles and unlike things."""
+def twelve_pairs() -> list[tuple[str, str]]:
+    """Three pairs each of animals, food, vehicles and unlike things."""
     pairs = data.held_out_pairs()
-    chosen = [pair for start in (0, 8, 12, 20) for pair in pairs[start : start + 3]]
+    return [pair for start in (0, 8, 12, 20) for pair in pairs[start : start + 3]]
+
+
+def further_pairs(held_out: list[data.Picture], count: int = 12) -> list[tuple[str, str]]:
+    """Pairs that nobody has looked at: of things of one category that share a keyword, none of them in the benchmark or in two
+    pairs, the first ones in the order of the sha256 of "one to other"."""
+    known = {name for pair in data.held_out_pairs() for name in pair}
+    things = {p.name: p for p in held_out if p.category in NAMEABLE and p.name not in known and "clock" not in p.name}
+    pairs = [
+        (one, other)
+        for one, other in combinations(sorted(things), 2)
+        if things[one].category == things[other].category and {*things[one].keywords} & {*things[other].keywords}
+    ]
+    chosen: list[tuple[str, str]] = []
+    for pair in sorted(pairs, key=lambda pair: hashlib.sha256(" to ".join(pair).encode()).digest()):
+        if not {*pair} & {name for each in chosen for name in each}:
+            chosen.append(pair)
+    return chosen[:count]
+
+
+def morphs(
+    morpher: Morpher, work: Path, held_out: list[data.Picture], chosen: list[tuple[str, str]]
+) -> tuple[Image.Image, dict[str, float]]:
+    """Films of 16 frames, with the model's own settings, between held-out pictures."""
     rows: list[Image.Image] = []
     distances: list[float] = []
     decibels: list[float] = []

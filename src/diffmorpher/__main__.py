@@ -5,7 +5,6 @@ import os
 from diffmorpher.cli.signals import stop_at_once
 from diffmorpher.cli.streams import secure_streams
 
-
 #: How often torch's threads look for each other's results before they sleep. Its own 300,000 make a film beside a busy process
 #: take 3.3 times as long as alone, this 2.3 times, and alone 1 % longer (benchmarks/neighbour.py).
 SPIN = "1500"

@@ -215,6 +215,23 @@ def run_in_terminal(*arguments: str, cwd: Path, interrupt_at: str | None = None)
     return process.returncode, shown.decode()
 
 
+@pytest.mark.parametrize(
+    ("said", "spins"), [({}, "1500"), ({"GOMP_SPINCOUNT": "77"}, "77"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")]
+)
+def test_torchs_threads_do_not_spin_for_long_unless_told_to(said: dict[str, str], spins: str) -> None:
+    """As OpenMP itself says it, once torch has been imported."""
+    plain = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run(
+        [sys.executable, "-m", "diffmorpher", "info"],
+        env=plain | said | {"OMP_DISPLAY_ENV": "verbose"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    found = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
+    assert found == [spins] or (not found and sys.platform != "linux"), done.stderr[-500:]
+
+
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
     done = run("demo", "--json", "--out", "out", cwd=tmp_path, timeout=900)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -127,6 +128,23 @@ def test_the_ends_of_keys_that_peft_writes_mean_the_same(tmp_path: Path, prefix:
     assert sorted(got.down) == [f"transformer_blocks.1.attn.to_{name}" for name in "kqv"]
     for name in want.up:
         assert torch.equal(got.up[name] @ got.down[name], want.up[name] @ want.down[name])
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", ""])
+def test_xlabs_names_are_what_the_pipeline_loads(tmp_path: Path, prefix: str) -> None:
+    """Of the processors of both kinds of blocks: queries, keys and values together, and what follows the attention."""
+    tensors: dict[str, Tensor] = {}
+    double = {"proj_lora1": (1, 1), "proj_lora2": (1, 1), "qkv_lora1": (3, 1), "qkv_lora2": (3, 1)}
+    for blocks, layers in (("double", double), ("single", {"proj_lora": (1, 5), "qkv_lora": (3, 1)})):
+        for layer, (out, width) in layers.items():
+            made = pair(f"{prefix}{blocks}_blocks.0.processor.{layer}", 32 * out, 32 * width)
+            tensors |= {re.sub(r"lora_(down|up)", r"\1", key): tensor for key, tensor in made.items()}
+    file = written(tensors, tmp_path / "x.safetensors")
+    assert len(load_lora(file).down) == 2 + 6 + 1 + 3
+    assert_is_what_the_pipeline_loads(tiny_flux_pipeline, file)
+    del tensors[next(key for key in tensors if "qkv_lora1.up" in key)]
+    with pytest.raises(LoraError, match="no LoRA for it that diffusers can convert"):
+        load_lora(written(tensors, tmp_path / "half.safetensors"))
 
 
 def test_single_blocks_of_the_published_width_are_cut_where_their_layers_end(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from diffmorpher.web.estimate import Speed, length, rows
 from diffmorpher.web.html import chart, frame, progress, strip
 from diffmorpher.web.jobs import KEPT_VISITS, Session, Studio, check_picture, explain
 from diffmorpher.web.line import LONGEST_LINE, Job, Line
-from diffmorpher.web.settings import chosen, different_names, fields_of, one_each, together, weighted
+from diffmorpher.web.settings import chosen, different_names, fields_of, long_enough, one_each, together, weighted
 from diffmorpher.web.uploads import BROKEN_OFF
 from diffmorpher.web.visits import Picture
 
@@ -525,7 +525,7 @@ def test_styles_act_on_the_film_and_are_in_its_recipe(studio: Studio, tmp_path: 
     recipe = Recipe.read(film.video)
     assert recipe.styles == ("ink.safetensors:0.5",) and recipe.style_hashes == (file_hash(file),)
     assert "--style ink.safetensors:0.5" in film.command
-    assert film.result.frames[0].tobytes() != plain.result.frames[0].tobytes()
+    assert film.result.frames[1].tobytes() != plain.result.frames[1].tobytes()  # the ends are the pictures
     again = wait(studio.morph(ann, chosen(SMALL), ann.pictures, ["", ""]))
     assert [frame.tobytes() for frame in again.result.frames] == [frame.tobytes() for frame in plain.result.frames]
 
@@ -539,6 +539,11 @@ def test_the_values_of_each_picture_and_their_field() -> None:
         one_each("focus", "center; 0.2,0.7", 2) == ["", "0.2,0.7"]
         and together("focus", ["", "0.2,0.7"]) == "center;0.2,0.7"
     )
+    assert long_enough("hold", "0.5,1", 3) == "0.5,1,0" and long_enough("hold", "0.5", 3) == "0.5"
+    assert (
+        long_enough("stretch", "2", 2) == "2,1" and long_enough("stretch", "2,1,4", 1) == "2,1,4"
+    )  # of a film to come
+    assert long_enough("focus", "", 3) == "" and long_enough("focus", "0.1,0.2;center", 3) == "0.1,0.2;center;center"
     assert weighted([Path("a"), Path("b")], "0.5, 1") == [(Path("a"), 0.5), (Path("b"), 1.0)]
     assert weighted([Path("a"), Path("b")], "") == [(Path("a"), 1.0), (Path("b"), 1.0)] and weighted([], "3") == []
     with pytest.raises(ConfigError, match="3 strengths were given for 2 styles"):

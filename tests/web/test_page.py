@@ -313,6 +313,7 @@ def test_a_crop_is_shown_dragged_and_goes_with_its_picture(visitor: Visitor, wid
     crop, focus = page.get_by_role("slider", name="What is kept of fox.png"), page.locator("#focus input")
     expect(page.locator(".crop")).to_have_count(1)  # nothing is cut off square pictures
     expect(crop).to_have_attribute("aria-valuenow", "50")
+    crop.scroll_into_view_if_needed()
     box = crop.bounding_box()
     assert box is not None
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

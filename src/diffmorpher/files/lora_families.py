@@ -22,6 +22,10 @@ _TEXT = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 
 _FLUX_BLOCK = re.compile(r"(?P<kind>double|single)_blocks_(?P<block>\d+)_(?P<layer>.+)")
 _FLUX = re.compile(rf"{_FLUX_BLOCK.pattern}|(img|txt)_in|(time|vector|guidance)_in_.+|final_layer_.+")
+#: XLabs' names of FLUX.1's attention, which diffusers knows.
+_XLABS = re.compile(
+    r"(diffusion_model\.)?(double|single)_blocks\.\d+\.processor\.(proj|qkv)_lora[12]?\.(down|up)\.weight"
+)
 _FLUX2_ENDS = {
     "img_in": "x_embedder",
     "txt_in": "context_embedder",
@@ -110,6 +114,8 @@ def with_diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Raises `ValueError` for what has FLUX.1's names and is no LoRA for it.
     """
+    xlabs = {key: tensor.float() for key, tensor in tensors.items() if _XLABS.fullmatch(key)}
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in xlabs}
     read = {key: match for key in tensors if (match := _KEY.fullmatch(key))}
     layers = {key: match["layer"].replace(".", "_") for key, match in read.items()}
     parts: dict[str, dict[str, Tensor]] = {}
@@ -130,7 +136,7 @@ def with_diffusers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             named[key] = tensor
     for layer, names in renamed.items():
         named |= _split(parts[layer], names)
-    return named | _of_flux(flux)
+    return named | _of_flux(flux) | _of_flux(xlabs)
 
 
 def _names(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[str, ...]]:

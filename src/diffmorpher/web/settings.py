@@ -113,6 +113,14 @@ def one_each(name: str, text: Any, count: int) -> list[str]:
     return ["" if value == plain and name != "stretch" else value for value in [*values, *[""] * count][:count]]
 
 
+def long_enough(name: str, text: Any, count: int) -> str:
+    """The field with a value more where pictures have come; what was said for pictures still to come stays."""
+    said = str(text or "")
+    given = len(said.split(EACH[name][0])) if said.strip() else 0
+    few = given and given < count and (given > 1 or name == "stretch")
+    return together(name, one_each(name, said, count)) if few else said
+
+
 def together(name: str, values: Sequence[str]) -> str:
     """The field of such values, as short as it can be said."""
     between, plain = EACH[name]

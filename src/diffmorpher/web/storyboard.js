@@ -1,7 +1,7 @@
 // Of one picture of the storyboard. The picture, or its grip, is dragged onto another's place; the frame of its crop is dragged,
 // or moved with the arrow keys, along the side of which something is cut off.
 element.addEventListener('dragstart', (event) => {
-  event.dataTransfer.setData('text/x-picture', element.id.split('-')[1]);
+  event.dataTransfer.setData('text/x-picture', element.closest('[id^=thumb-]').id.split('-')[1]);
   event.dataTransfer.effectAllowed = 'move';
 });
 element.addEventListener('dragover', (event) => {

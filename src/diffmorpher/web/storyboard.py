@@ -18,7 +18,7 @@ from ..settings import SHAPES, parse_focus, parse_size
 from . import html
 from .jobs import Session, Studio, explain
 from .parts import Updates, key_of, quietly
-from .settings import MAX_PICTURES, MAX_PROMPT, one_each, together
+from .settings import MAX_PICTURES, MAX_PROMPT, long_enough, one_each, together
 
 #: Pictures of assets/demo to try: (label, [(name, prompt), ...]).
 EXAMPLES = (
@@ -201,7 +201,7 @@ class Storyboard:
 
     def _beside(self, session: Session, values: Mapping[str, Any]) -> Updates:
         count = len(session.pictures)
-        updates: Updates = {}
+        updates: Updates = {self.thumbs[0]: gr.skip()}  # nothing at all is not allowed
         holds = one_each("hold", values["hold"], count)
         focuses = one_each("focus", values["focus"], count)
         gaps = _gaps(count, values)
@@ -222,10 +222,13 @@ class Storyboard:
     def _shown(
         self, session: Session, prompts: list[str], values: Mapping[str, Any], problems: Sequence[str] = ()
     ) -> Updates:
+        count = len(session.pictures)
+        places = {"hold": count, "stretch": _gaps(count, values), "focus": count}
+        values = {**values, **{name: long_enough(name, values[name], most) for name, most in places.items()}}
         updates: Updates = {
             self.pick: None,
             self.note: gr.update(value=html.note(" ".join(problems), "error"), visible=bool(problems)),
-            **{self._settings[name]: values[name] for name in ("hold", "stretch", "focus")},
+            **{self._settings[name]: values[name] for name in places},
         }
         for i in range(MAX_PICTURES):
             here = i < len(session.pictures)

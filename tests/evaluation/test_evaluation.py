@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from scipy import linalg, stats
 from torch.testing import assert_close
 
@@ -378,6 +379,8 @@ def test_inception_has_the_published_sizes(tmp_path: Path) -> None:
     images = torch.rand(1, 3, 32, 32) * 2 - 1
     assert_close(loaded(images), network(images))
     assert len(digest) == 16
+    save_file(states, tmp_path / "INCEPTION.SAFETENSORS")
+    assert_close(load_inception(tmp_path / "INCEPTION.SAFETENSORS")[0](images), network(images))
 
 
 def test_files_that_hold_no_inception_are_said(tmp_path: Path) -> None:

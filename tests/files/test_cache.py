@@ -239,6 +239,7 @@ def test_killed_and_begun_again(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # five minutes, on machines that may be busy
 def test_killed_at_fifty_moments(place: Path, tmp_path: Path) -> None:
     settings = ("--lora-steps", "300", "--steps", "50", "--frames", "17")
     killed_and_whole(place, tmp_path, 50, (signal.SIGKILL, signal.SIGTERM, signal.SIGINT), *settings)

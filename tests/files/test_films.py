@@ -570,24 +570,42 @@ def test_the_same_narrow_frames_give_the_same_bytes_every_time(tmp_path: Path) -
     assert len(films) == 1
 
 
-def test_a_missing_encoder_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyAV as some systems build it, without x264."""
+def without(monkeypatch: pytest.MonkeyPatch, *encoders: str) -> None:
+    """PyAV as some systems build it."""
     real = av.codec.Codec
 
-    def without_x264(name: str, mode: str) -> Any:
-        if name == "libx264":
+    def codec(name: str, mode: str) -> Any:
+        if name in encoders:
             raise av.codec.codec.UnknownCodecError(name)
         return real(name, mode)
 
+    monkeypatch.setattr(av.codec, "Codec", codec)
+
+
+def test_a_missing_encoder_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for suffix in FORMATS:
         check_output(tmp_path / f"a{suffix}")
-    monkeypatch.setattr(av.codec, "Codec", without_x264)
+    without(monkeypatch, "libx264", "libopenh264", "mpeg4")
     with pytest.raises(
         OutputError, match=r"needs the encoder libx264, .* without here: use \.webm, \.mov, \.mkv, \.gif"
     ):
         check_output(tmp_path / "a.mp4")
     for suffix in FORMATS[1:]:
         check_output(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("quality", ["small", "good", "best"])
+def test_another_encoder_is_taken_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quality: Any) -> None:
+    without(monkeypatch, "libx264", "libopenh264")
+    with pytest.warns(UserWarning, match=r"a\.mp4 is better made with .*: mpeg4 is taken, which browsers do not play"):
+        check_output(tmp_path / "a.mp4")
+    frames = [Image.new("RGB", (64, 48), (40 * k, 200 - 40 * k, 90)) for k in range(5)]
+    save_film(frames, tmp_path / "a.mp4", quality=quality, metadata={"seed": 7})
+    with av.open(str(tmp_path / "a.mp4")) as film:
+        assert film.streams.video[0].codec_context.name == "mpeg4"
+        found = [np.asarray(frame.to_image(), int) for frame in film.decode(video=0)]
+    assert len(found) == len(frames) and read_settings(tmp_path / "a.mp4") == {"seed": 7}
+    assert max(np.abs(one - np.asarray(other, int)).max() for one, other in zip(found, frames, strict=True)) <= 4
 
 
 @pytest.mark.parametrize(

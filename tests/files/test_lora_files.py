@@ -812,6 +812,17 @@ BAD_FILES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "many alphas": (of_pair(alpha=torch.ones(2)), r"alpha of shape \(2,\)"),
     "a layer twice": (safetensors_of(pair(f"unet.{LAYER}") | pair(LAYER)), f"has layer {LAYER} twice"),
     "OFT": (safetensors_of({f"{kohya(LAYER)}.oft_blocks": torch.ones(2, 2)}), "OFT file, which is not supported"),
+    "LyCORIS IA3": (
+        safetensors_of({f"{kohya(LAYER)}.weight": torch.ones(5, 1), f"{kohya(LAYER)}.on_input": torch.tensor(False)}),
+        "LyCORIS IA3 file, which is not supported",
+    ),
+    "LyCORIS IA3 beside a LoRA": (
+        safetensors_of(
+            pair("down_blocks.0.x.to_q")
+            | {f"{kohya(LAYER)}.weight": torch.ones(5, 1), f"{kohya(LAYER)}.on_input": torch.tensor(False)}
+        ),
+        "LyCORIS IA3 file, which is not supported",
+    ),
     "bias": (
         safetensors_of(pair(LAYER) | {f"{LAYER}.lora_B.default.bias": torch.ones(5)}),
         "LoRA with a bias file, which is not supported",

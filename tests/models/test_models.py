@@ -230,6 +230,18 @@ def test_a_model_that_cannot_be_is_said_so(tmp_path: Path, model: str, message: 
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_that_lacks_a_part_is_said_so(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
+    """Such as a model without a VAE."""
+    pipe.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "vae")
+    with pytest.raises(ModelError, match=r"lacks vae: copy what is so called"):
+        Morpher.from_pretrained(tmp_path, device="cpu")
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    (tmp_path / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    with pytest.raises(ModelError, match=r"lacks vae: copy what is so called"):
+        Morpher.from_pretrained(tmp_path, device="cpu")
+
+
 def test_pipelines_of_other_kinds_are_refused() -> None:
     inpainting = tiny_pipeline(in_channels=9)
     with pytest.raises(ModelError, match="9 channels where the VAE gives 4"):

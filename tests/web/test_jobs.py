@@ -34,6 +34,8 @@ from diffmorpher.web.html import chart, frame, progress, strip
 from diffmorpher.web.jobs import KEPT_VISITS, Session, Studio, check_picture, explain
 from diffmorpher.web.line import LONGEST_LINE, Job, Line
 from diffmorpher.web.settings import chosen, different_names, fields_of, long_enough, one_each, together, weighted
+from diffmorpher.web.uploads import BROKEN_OFF
+from diffmorpher.web.visits import Picture
 
 DEMO = ASSETS / "demo"
 SMALL: dict[str, Any] = {"frames": 3, "steps": 2, "lora_steps": 1}
@@ -343,7 +345,7 @@ def test_few_visitors_are_waited_for(tmp_path: Path) -> None:
 def visit(studio: Studio, key: str, *names: str) -> Session:
     session = studio.session(key)
     for name in names:
-        studio.add_picture(session, DEMO / f"{name}.png", ours=True)
+        studio.add_picture(session, DEMO / f"{name}.png", held=True)
     return session
 
 
@@ -446,6 +448,70 @@ def test_a_visitor_who_leaves_takes_everything_along(studio: Studio, tmp_path: P
     assert not cat.folder.exists()
 
 
+def test_an_upload_that_came_again_stays_with_who_sent_it_last(studio: Studio, tmp_path: Path) -> None:
+    """Gradio puts equal files in one place: the second takes that of the first."""
+    upload = tmp_path / "digest" / "pear.png"
+    upload.parent.mkdir()
+    shutil.copy(DEMO / "pear.png", upload)
+    studio.add_picture(studio.session("ann"), upload)
+    (tmp_path / "new").write_bytes(upload.read_bytes())
+    (tmp_path / "new").rename(upload)
+    studio.end("ann")  # between the other's upload and his next request
+    assert upload.exists()
+    studio.add_picture(studio.session("bob"), upload)
+    studio.end("bob")
+    assert not upload.exists()
+
+
+def test_no_name_removes_the_pages_own_pictures(studio: Studio, tmp_path: Path) -> None:
+    own = Path(shutil.copy(DEMO / "pear.png", tmp_path / "pear.png"))
+    studio.uploads.own.add(own)
+    for name in (own, tmp_path / "digest" / ".." / "pear.png"):
+        (tmp_path / "digest").mkdir(exist_ok=True)
+        studio.add_picture(studio.session("ann"), name)
+        studio.end("ann")
+        assert own.exists()
+
+
+def test_what_programs_and_broken_uploads_left_goes_in_an_hour(studio: Studio) -> None:
+    uploads = studio.root / "uploads"
+    uploads.mkdir(parents=True)
+    for name, age in (("tmpold", BROKEN_OFF + 1), ("tmpnew", BROKEN_OFF - 60)):
+        (uploads / name).touch()
+        (uploads / f"digest-{name}").mkdir()
+        os.utime(uploads / f"digest-{name}", (time.time() - age,) * 2)
+        os.utime(uploads / name, (time.time() - age,) * 2)
+    program, film = studio.session("program"), uploads / "film.mp4"
+    film.touch()
+    studio.uploads.hold(program, film)
+    studio.session("another")
+    assert film.exists() and program.folder.exists()
+    program.until = time.monotonic() - 1
+    studio.session("a third")
+    assert not film.exists() and not program.folder.exists()
+    assert {file.name for file in uploads.iterdir()} == {"tmpnew", "digest-tmpnew"}
+
+
+def test_a_request_that_was_under_way_when_its_visitor_left_leaves_nothing(studio: Studio, tmp_path: Path) -> None:
+    upload = Path(shutil.copy(DEMO / "pear.png", tmp_path / "pear.png"))
+    studio.session("ann")
+    studio.leave("ann")
+    late = studio.session("ann")
+    with pytest.raises(ImageError, match="not here any more"):
+        studio.add_picture(late, upload)
+    assert not upload.exists() and not late.folder.exists()
+    images = [(name, DEMO / f"{name}.png") for name in ("pear", "rose")]
+    job = studio.morph(late, chosen(SMALL), [Picture(*each) for each in images], ["", ""])
+    with pytest.raises(Cancelled):
+        wait(job)
+    assert not late.folder.exists()
+
+
+def test_letters_that_turn_a_name_around_are_left_out(studio: Studio, tmp_path: Path) -> None:
+    upload = Path(shutil.copy(DEMO / "pear.png", tmp_path / "\u202egnp.exe\u2066.png"))
+    assert studio.add_picture(studio.session("ann"), upload).name == "gnp.exe.png"
+
+
 def load(session: Session) -> int:
     return sum(picture.file.is_file() for picture in session.pictures)
 
@@ -529,16 +595,29 @@ def test_a_film_that_is_gone_is_not_found(tmp_path: Path) -> None:
     from starlette.routing import Route
     from starlette.testclient import TestClient
 
-    from diffmorpher.web.page import Guard
+    from diffmorpher.web.guard import Guard
 
     def breaks(request: object) -> None:
         raise RuntimeError("something else")
 
-    routes = [Route("/film.mp4", lambda request: FileResponse(tmp_path / "film.mp4")), Route("/breaks", breaks)]
-    client = TestClient(Starlette(routes=routes, middleware=[Middleware(Guard)]))
-    assert client.get("/film.mp4").status_code == 404
-    (tmp_path / "film.mp4").write_bytes(b"a film")
-    found = client.get("/film.mp4")
+    film = tmp_path / "film.mp4"
+
+    def goes(request: object) -> FileResponse:
+        film.write_bytes(b"a film")
+        answer = FileResponse(film, stat_result=film.stat())
+        film.unlink()
+        return answer
+
+    routes = [Route("/file=film.mp4", lambda request: FileResponse(film)), Route("/file=goes.mp4", goes)]
+    app = Starlette(routes=[*routes, Route("/breaks", breaks)], middleware=[Middleware(Guard)])
+    client = TestClient(app)
+    assert client.get("/file=film.mp4").status_code == 404
+    assert (
+        client.get("/file=goes.mp4").content == b""
+    )  # after the headers: it breaks off, and is no fault of the server's
+    film.write_bytes(b"a film")
+    found = client.get("/file=film.mp4")
     assert found.status_code == 200 and found.content == b"a film" and "content-security-policy" in found.headers
+    assert found.headers["x-frame-options"] == "SAMEORIGIN"
     with pytest.raises(RuntimeError, match="something else"):
         client.get("/breaks")

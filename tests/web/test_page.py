@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import wave
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
+from http.client import IncompleteRead
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.parse import quote, urlsplit
@@ -25,6 +25,7 @@ from urllib.request import urlopen
 import av
 import pytest
 from PIL import Image
+from servers import Server
 
 from diffmorpher import FitConfig, Recipe, SampleConfig, read_settings
 from diffmorpher.models.catalog import CATALOG
@@ -44,38 +45,6 @@ DEMO = Path(sys.modules["diffmorpher"].__file__ or "").parent / "assets" / "demo
 TIGER, WOLF, PEAR, APPLE = (str(DEMO / f"{name}.png") for name in ("tiger-face", "wolf-face", "pear", "red-apple"))
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(not CHROMIUM, reason="no chromium (apt-get install chromium)")]
-
-
-class Server:
-    """`diffmorpher web` as a process; its temporary files lie in `folder`."""
-
-    def __init__(self, folder: Path, *options: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.folder, self.url = folder, f"http://127.0.0.1:{port}/"
-        self._log = folder.parent / f"{folder.name}.log"
-        folder.mkdir(exist_ok=True)  # else Python takes another one for its temporary files
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "diffmorpher", "web", "--port", str(port), "--keep", "0", *options],
-            env=os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"},
-            stderr=self._log.open("w"),
-        )
-        deadline = time.monotonic() + 60
-        while "Open http" not in self.log:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log
-            time.sleep(0.1)
-
-    @property
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def files(self, pattern: str) -> list[Path]:
-        return sorted(self.folder.glob(f"diffmorpher-web-*/{pattern}"))
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -697,7 +666,7 @@ def test_two_visitors_wait_for_each_other_and_see_only_their_own(browser: Browse
     while time.monotonic() < deadline:
         try:
             fetch(mine)
-        except HTTPError:
+        except (HTTPError, IncompleteRead):  # it may go while it is read
             break
         time.sleep(0.2)
     else:

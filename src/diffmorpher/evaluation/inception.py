@@ -150,7 +150,8 @@ class Inception(nn.Module):
 def load_inception(file: Path) -> tuple[Inception, str]:
     """The network with the weights of a .pth or .safetensors file, and the file's digest. Raises `DataError`."""
     try:
-        states = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+        is_safe = file.suffix.lower() == ".safetensors"
+        states = load_file(file) if is_safe else torch.load(file, "cpu", weights_only=True)
         digest = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except Exception as error:  # torch raises anything from OSError to UnpicklingError on what is no checkpoint
         raise DataError(f"the Inception weights {str(file)!r} cannot be read: give pytorch-fid's .pth file.") from error

@@ -57,6 +57,7 @@ _GAINS = {"dora_scale", "magnitude", "ia3"}
 # Parts of a file that change what its LoRA means, so that leaving them out would give another result.
 _UNSUPPORTED = {
     "OFT": re.compile(r"\.oft_"),
+    "LyCORIS IA3": re.compile(r"\.on_input$"),  # beside it only `.weight`, as a whole model has
     "LoRA with a bias": re.compile(r"\blora_B\b.*\.bias$|\.diff_b$"),
 }
 
@@ -156,8 +157,8 @@ def load_lora(path: str | os.PathLike[str], text: bool = False) -> Lora:
     """Read the U-Net's or transformer's layers from a LoRA file (layouts: see the module), without running pickled code.
 
     text: read the text encoders' layers too. What is left out is counted in one warning.
-    Raises `LoraError` if the file is missing, damaged, unsafe, no LoRA, of an unsupported kind (OFT, biases) or
-    inconsistent (a matrix without its partner, ranks that differ, NaN or infinite numbers).
+    Raises `LoraError` if the file is missing, damaged, unsafe, no LoRA, of an unsupported kind (OFT, LyCORIS' own IA3,
+    biases) or inconsistent (a matrix without its partner, ranks that differ, NaN or infinite numbers).
     """
     if not isinstance(path, (str, os.PathLike)):
         raise LoraError(f"a LoRA file is {path!r:.100}, but must be a path.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
@@ -60,20 +61,39 @@ CODECS = {
     ".mkv": Codec("matroska", "ffv1", "bgr0", {"level": "3", "g": "1", "slicecrc": "1"}, "flac", {}, "bgra"),
 }
 
+#: In place of one that PyAV may be built without, the first that is there; the rates are such that no block is seen.
+_IN_PLACE = {".mp4": ("libopenh264", "mpeg4")}
+_RATES: dict[Quality, dict[str, str]] = {"small": {"b": "3M"}, "good": {"b": "12M"}, "best": {"b": "40M"}}
+
+
+def codec_for(suffix: str) -> Codec | None:
+    """How such a film is encoded here; None where it cannot be."""
+    codec = CODECS[suffix]
+    if _has(codec.name):
+        return codec
+    other = next(filter(_has, _IN_PLACE.get(suffix, ())), None)
+    return replace(codec, name=other, options={}, qualities=_RATES) if other else None
+
 
 def check_encoder(file: Path) -> None:
-    """Raise `OutputError` for a video that FFmpeg, as PyAV was built with it here, cannot make; others cost nothing."""
-    codec = CODECS.get(file.suffix.lower())
-    if codec is None:
+    """Raise `OutputError` for a video that FFmpeg, as PyAV was built with it here, cannot make, and say of another encoder
+    that is taken; what is no video costs nothing."""
+    suffix = file.suffix.lower()
+    if suffix not in CODECS:
         return
     import av
 
-    if not _has(codec.name):
-        others = [suffix for suffix, other in CODECS.items() if _has(other.name)]
+    wanted, found = CODECS[suffix].name, codec_for(suffix)
+    without = f"the encoder {wanted}, which PyAV {av.__version__} is built without here"
+    better = "install PyAV from its own wheels (pip install --force-reinstall av)."
+    if found is None:
+        others = [other for other in CODECS if codec_for(other)]
         raise OutputError(
-            f"Output {str(file)!r} needs the encoder {codec.name}, which PyAV {av.__version__} is built without here: use "
-            f"{', '.join([*others, '.gif', '.webp'])}, or install PyAV from its own wheels (pip install --force-reinstall av)."
+            f"Output {str(file)!r} needs {without}: use {', '.join([*others, '.gif', '.webp'])}, or {better}"
         )
+    if found.name != wanted:
+        plays = ", which browsers do not play" if found.name == "mpeg4" else ""
+        warnings.warn(f"{file} is better made with {without}: {found.name} is taken{plays}; {better}", stacklevel=3)
 
 
 def _has(encoder: str) -> bool:
@@ -103,7 +123,7 @@ def write_video(
     """
     import av
 
-    codec = CODECS[suffix]
+    codec = codec_for(suffix) or CODECS[suffix]
     # The header counts in milliseconds unless told otherwise, which would round the film's duration.
     timescale = rate.numerator if rate.numerator >= 1000 else rate.numerator * 1000
     options = {"fflags": "+bitexact"}  # Matroska's files have a random number inside otherwise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,17 @@ def choose_dtype(dtype: str | torch.dtype | None, device: torch.device, paramete
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError(f"the dtype is {dtype!r}, but must be a floating-point one, such as torch.float32.")
     return dtype
+
+
+def _check_parts(folder: Path, parts: Mapping[str, Any]) -> None:
+    """Raise `ModelError` for a part that the model's index names and its folder has not, or for no VAE."""
+    named = {name: of[0] for name, of in parts.items() if isinstance(of, (list, tuple)) and len(of) == 2}
+    lost = [name for name, of in named.items() if (not (folder / name).is_dir() if of else name == "vae")]
+    if lost:
+        raise ModelError(
+            f"the model {str(folder)!r} lacks {', '.join(lost)}: copy what is so called from the model that it was made from, "
+            "and let its model_index.json name it."
+        )
 
 
 def _multiplies_in_bfloat16() -> bool:
@@ -137,8 +149,11 @@ def load_pipeline(
             place = str(source) if source.is_dir() else name
             if source.parent == ASSETS:
                 check_sums(source)
-            if "safety_checker" not in DiffusionPipeline.load_config(place):
+            parts = DiffusionPipeline.load_config(place)
+            if "safety_checker" not in parts:
                 options = {}
+            if source.is_dir():
+                _check_parts(source, {name: of for name, of in parts.items() if name not in options})
             if dtype is None and device.type == "cpu" and _multiplies_in_bfloat16():
                 folder = Path(place if source.is_dir() else DiffusionPipeline.download(place, **options))
                 wanted = choose_dtype(None, device, count_parameters(folder))

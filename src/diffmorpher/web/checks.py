@@ -57,7 +57,9 @@ def check_picture(file: Path) -> None:
 
 
 def check_bytes(file: Path, most: int) -> None:
-    """Raises `ImageError` for a file that is too large."""
+    """Raises `ImageError` for a file that is too large, or gone."""
+    if not file.is_file():
+        raise ImageError(f"{file.name!r} is not here any more: add it again.")
     if file.stat().st_size > most:
         raise ImageError(
             f"{file.name!r} has {file.stat().st_size / 2**20:.0f} MB: at most {most // 2**20} MB are taken."

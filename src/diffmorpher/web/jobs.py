@@ -10,7 +10,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from .estimate import Speed
 from .keys import fit_key, frames_key, path_options
 from .line import Job, Line, Work
 from .settings import MAX_PICTURES, check_frames, chosen, different_names
+from .uploads import Uploads
 from .visits import Film, Picture, Session, video_suffix
 
 if TYPE_CHECKING:
@@ -47,6 +48,8 @@ KEPT_PATHS = 4
 KEPT_FILMS = 12
 #: Visitors whose page is gone and who may come back.
 KEPT_VISITS = 8
+#: Seconds for which requests of a visitor who has left may still be under way.
+UNDER_WAY = 20.0
 
 
 class Studio:
@@ -67,10 +70,10 @@ class Studio:
         self.model = model or Model()
         self.model.leaving.append(self._let_go)
         self.speed = Speed()
-        self.own = Session(root)  # holds what must stay
+        self.uploads = Uploads(root / "uploads")
         self._sessions: dict[str, Session] = {}
         self._tokens: dict[str, str] = {}  # of browsers' tabs, to the key of the visitor there
-        self._uploads: Counter[Path] = Counter()  # files of the upload folder, by how many visitors hold them
+        self._left: dict[str, float] = {}  # keys of visitors, and when they left
         self._lock = threading.Lock()
         self._paths: OrderedDict[str, MorphPath] = OrderedDict()
 
@@ -78,12 +81,26 @@ class Studio:
 
     def session(self, key: str) -> Session:
         """The visitor of that key, who may be new."""
+        if key not in self._sessions:
+            self._tidy()
         with self._lock:
             if key not in self._sessions:
                 folder = self.root / "sessions" / secrets.token_urlsafe(24)
+                if key in self._left:  # a request that was under way when he left
+                    return Session(folder, closed=True)
                 folder.mkdir(parents=True, mode=0o700)
                 self._sessions[key] = Session(folder)
             return self._sessions[key]
+
+    def _tidy(self) -> None:
+        """Remove what programs left behind, and uploads that broke off."""
+        now = time.monotonic()
+        for key, session in list(self._sessions.items()):
+            if session.until < now:
+                self.end(key)
+        with self._lock:
+            self._left = {key: left for key, left in self._left.items() if left > now - UNDER_WAY}
+        self.uploads.tidy()
 
     def leave(self, key: str) -> None:
         """The visitor's page is gone; what is his goes in a while, unless he comes back. Programs do not."""
@@ -95,6 +112,8 @@ class Studio:
                 session.ending = threading.Timer(self.keep, self.end, [key])
                 session.ending.daemon = True
                 session.ending.start()
+            if not stays:
+                self._left[key] = time.monotonic()
         if not stays:
             self.end(key)
         elif len(away) >= KEPT_VISITS:
@@ -127,8 +146,7 @@ class Studio:
         for job in session.jobs.values():
             job.cancel()
         shutil.rmtree(session.folder, ignore_errors=True)
-        for file in session.uploads:
-            self._release(file)
+        self.uploads.release(session)
 
     def close(self) -> None:
         """Everything ends; the folder is removed."""
@@ -136,28 +154,15 @@ class Studio:
             self.end(key)
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def hold(self, session: Session, file: Path) -> None:
-        """A file outside the visitor's folder that must go when he goes. Equal files of several visitors are one file."""
-        with self._lock:
-            session.uploads.append(file)
-            self._uploads[file] += 1
-
-    def _release(self, file: Path) -> None:
-        with self._lock:
-            self._uploads[file] -= 1
-            if self._uploads[file] > 0:
-                return
-            del self._uploads[file]
-        file.unlink(missing_ok=True)
-
-    def add_picture(self, session: Session, upload: Path, ours: bool = False) -> Picture:
-        """Check a picture and copy it into the visitor's folder; ours: not an upload. Raises `ImageError`."""
-        if not ours:
-            self.hold(session, upload)
+    def add_picture(self, session: Session, upload: Path, held: bool = False) -> Picture:
+        """Check a picture and copy it into the visitor's folder; held: its file need not go with him. Raises `ImageError`."""
+        if not held:
+            self.uploads.hold(session, upload)
         if len(session.pictures) >= MAX_PICTURES:
             raise ImageError(f"There are {MAX_PICTURES} pictures already: remove one first.")
         check_picture(upload)
-        name = different_names([*(picture.name for picture in session.pictures), upload.name])[-1]
+        shown = "".join(filter(str.isprintable, upload.name))  # no letters that turn the direction of those around them
+        name = different_names([*(picture.name for picture in session.pictures), shown])[-1]
         file = session.folder / f"{secrets.token_hex(4)}{upload.suffix}"
         shutil.copyfile(upload, file)
         session.pictures.append(Picture(name, file))
@@ -287,8 +292,10 @@ class Studio:
     def _start(self, session: Session, kind: str, work: Work) -> Job:
         if kind in session.jobs:
             session.jobs[kind].cancel()  # a visitor has one job of a kind, the last one asked for
-        session.jobs[kind] = self.line.submit(work)
-        return session.jobs[kind]
+        job = session.jobs[kind] = self.line.submit(work)
+        if session.closed:
+            job.cancel()
+        return job
 
     def _film(self, session: Session) -> Film:
         if session.film is None:

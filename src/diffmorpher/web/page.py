@@ -5,8 +5,6 @@ Importing this module needs the extra `web`. The page is built without torch, so
 
 from __future__ import annotations
 
-import asyncio
-import inspect
 import os
 import signal
 import threading
@@ -20,10 +18,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import gradio as gr
-from gradio.processing_utils import save_file_to_cache
-from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
-from starlette.responses import PlainTextResponse
 
 from ..errors import UserError
 from ..models.catalog import ASSETS
@@ -32,25 +27,20 @@ from ..recipe import Recipe
 from . import html
 from .checks import MAX_FILE_BYTES
 from .estimate import length
-from .jobs import Studio, explain, figures
+from .guard import BodyLimit, Guard
+from .jobs import Studio, explain
 from .line import Job
 from .panel import models, placeholders, settings_panel
-from .parts import LOOK, Result, Updates, key_of, quietly
+from .parts import Result, Updates, key_of, quietly
+from .programs import STATES, Page, add_endpoint
 from .settings import MAX_PICTURES, chosen, fields_of, weighted
 from .storyboard import ABOUT, Storyboard
 
 _HERE = Path(__file__).parent
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 
-#: Routes of gradio that fetch from elsewhere or run programs, of which this page needs none.
-_CLOSED = ("/file=http", "/proxy=", "/process_recording", "/vibe", "/monitoring")
-#: Browsers then ask no other host for anything, whatever a later gradio may bring.
-_HEADERS = {
-    "content-security-policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
-
+#: Bytes of one upload: a LoRA for each picture, and room for the rest.
+MAX_BODY = MAX_PICTURES * MAX_FILE_BYTES + 2**20
 
 #: Gives a tab of the browser a name that survives loading the page anew, and that nobody else knows.
 _TOKEN = """() => {
@@ -58,37 +48,6 @@ _TOKEN = """() => {
     if (!sessionStorage.getItem('visit')) sessionStorage.setItem('visit', made());
     return [sessionStorage.getItem('visit')];
 }"""
-
-
-class Guard:
-    """ASGI middleware around gradio: closes what is not needed and tells browsers to stay here."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and any(part in scope["path"].lower() for part in _CLOSED):
-            await PlainTextResponse("Not found", 404)(scope, receive, send)
-            return
-
-        started = False
-
-        async def with_headers(message: Any) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                headers = MutableHeaders(scope=message)
-                for name, value in _HEADERS.items():
-                    headers.setdefault(name, value)
-            await send(message)
-
-        try:
-            await self._app(scope, receive, with_headers)
-        except RuntimeError as error:
-            if started or "does not exist" not in str(error):
-                raise
-            # A page that has been left, and its films with it, may have been about to play one.
-            await PlainTextResponse("Not found", 404)(scope, receive, send)
 
 
 def serve(
@@ -105,8 +64,7 @@ def serve(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     page = build(studio, typed_models)
-    for file in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"):
-        studio.hold(studio.own, file)  # the page's own pictures, which a visitor may upload too
+    studio.uploads.own.update(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
     try:
         try:
             _, url, public = page.launch(
@@ -116,6 +74,7 @@ def serve(
                 auth=auth,
                 prevent_thread_lock=True,
                 quiet=True,
+                state_session_capacity=STATES,
                 **_served(root),
             )
         except OSError as error:
@@ -133,8 +92,8 @@ def serve(
 def mount(app: Any, studio: Studio, path: str, auth: Callable[[str, str], bool] | None) -> None:
     """Put the page into another app, under `path`; auth: whether a name and a password may see it, None for everyone."""
     page = build(studio, typed_models=True)
-    for file in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"):
-        studio.hold(studio.own, file)
+    studio.uploads.own.update(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("*"))
+    page.state_session_capacity = STATES
     gr.mount_gradio_app(app, page, path, auth=auth, **_served(studio.root))
     studio.warm_up()
 
@@ -148,8 +107,9 @@ def _served(root: Path) -> dict[str, Any]:
         "favicon_path": str(ASSETS / "demo" / "fox-face.png"),
         "max_file_size": MAX_FILE_BYTES,
         "allowed_paths": [str(root / "sessions")],
-        "app_kwargs": {"middleware": [Middleware(Guard)]},
+        "app_kwargs": {"middleware": [Middleware(Guard), Middleware(BodyLimit, most=MAX_BODY)]},
         "footer_links": [],
+        "show_error": False,  # whatever is not meant for visitors
         "run_history": False,  # it would keep visitors' pictures in the browser
         "enable_monitoring": False,
         "ssr_mode": False,
@@ -197,7 +157,7 @@ def _theme() -> gr.themes.Base:
 
 def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
     """The page, with its events."""
-    with gr.Blocks(title="diffmorpher", delete_cache=(600, 3600), fill_width=True) as page:
+    with Page(title="diffmorpher", delete_cache=(600, 3600), fill_width=True) as page:
         gr.HTML("<h1>diffmorpher</h1><p>Turn one picture into another, and keep the film.</p>", elem_id="head")
         with gr.Row(elem_id="columns"):
             result = Result(studio)
@@ -219,7 +179,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
 
             def start() -> Job:
                 for file in [*(loras or []), *(styles or []), *filter(None, (sound, path))]:
-                    studio.hold(session, Path(file))
+                    studio.uploads.hold(session, Path(file))
                 return studio.morph(
                     session,
                     studio.recipe(dict(zip(settings, sent, strict=True))),
@@ -240,7 +200,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             if file is None:
                 return {film_note: gr.update(visible=False)}
             session = studio.session(key_of(request))
-            studio.hold(session, Path(file))
+            studio.uploads.hold(session, Path(file))
             try:
                 recipe = replace(Recipe.read(file), device=None, dtype=None)  # the page's machine decides
                 values, missing = fields_of(recipe)
@@ -276,7 +236,7 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
             api_visibility="private",
         )
         result.after(run)
-        _api(studio, settings)
+        add_endpoint(studio, settings)
 
         for event in pictures.added:  # the pictures that were added last are what the film is made of
             event.then(lambda: (None, gr.update(visible=False)), None, [panel.path, panel.path_note], **quietly())
@@ -345,50 +305,8 @@ def build(studio: Studio, typed_models: bool = True) -> gr.Blocks:
 
         def leave(request: gr.Request) -> None:
             studio.leave(key_of(request))
+            page.forget(key_of(request))
 
         page.unload(leave)
-    page.queue(default_concurrency_limit=None)
+    page.queue(default_concurrency_limit=None, api_open=False)  # else a call may have no session, which all such shared
     return page
-
-
-def _api(studio: Studio, settings: dict[str, Any]) -> None:
-    """The endpoint `/morph` for `gradio_client`, by parts that nobody sees; it takes the page's settings by name."""
-    with gr.Row(visible=False):
-        pictures = gr.File(label="Pictures, two or more", file_count="multiple", file_types=["image"])
-        prompts = gr.JSON(label="Prompts: a list with one for all or one each, or nothing")
-        film, facts = gr.File(label="The film, an mp4"), gr.JSON(label="The figures that --json prints")
-        button = gr.Button()
-
-    async def api(request: gr.Request, images: list[str], prompts: Any = None, *sent: Any) -> tuple[str, Any]:
-        session = studio.session(key_of(request))
-        session.pictures.clear()
-        texts = [prompts] if isinstance(prompts, str) else list(prompts or [])
-
-        def start() -> Job:
-            for image in images or []:
-                studio.add_picture(session, Path(image))
-            return studio.morph(
-                session,
-                studio.recipe(dict(zip(settings, sent, strict=True))),
-                session.pictures,
-                list(map(str, texts)),
-            )
-
-        try:
-            job = await asyncio.to_thread(start)
-            while not job.done.is_set():
-                await asyncio.sleep(LOOK)
-            if job.error is not None:
-                raise job.error
-        except Exception as error:
-            raise gr.Error(explain(error), print_exception=False) from None
-        out = Path(save_file_to_cache(job.result.video, film.GRADIO_CACHE))
-        studio.hold(session, out)
-        return str(out), figures(job.result)
-
-    # Clients learn the names of the parameters from the signature.
-    keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    given = list(inspect.signature(api).parameters.values())[:3]
-    named = [inspect.Parameter(name, keyword, default=None) for name in settings]
-    api.__signature__ = inspect.Signature([*given, *named])  # type: ignore[attr-defined]
-    button.click(api, [pictures, prompts, *settings.values()], [film, facts], api_name="morph", concurrency_limit=None)

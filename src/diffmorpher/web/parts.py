@@ -26,6 +26,8 @@ Updates = dict[Any, Any]
 
 def key_of(request: gr.Request) -> str:
     """Tells visitors apart. Gradio makes it anew whenever the page is loaded."""
+    if not request.session_hash:  # else all who send none were one visitor
+        raise gr.Error("The request needs a session_hash of your own choosing.", print_exception=False)
     return str(request.session_hash)
 
 

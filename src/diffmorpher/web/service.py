@@ -21,6 +21,7 @@ from ..models.catalog import check_model
 from ..progress import say
 from ..recipe import Recipe, film_name
 from .checks import MAX_PICTURE_BYTES, check_picture, of_pictures, with_pictures
+from .guard import BodyLimit
 from .jobs import Studio
 from .settings import MAX_PICTURES, chosen, different_names
 from .store import Full, Store, StoredJob
@@ -33,25 +34,6 @@ LOOK = 0.2
 #: What a finished job can be asked for.
 FILES = {"film.mp4": "video/mp4", "frames.zip": "application/zip", "recipe.toml": "application/toml"}
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-
-
-class BodyLimit:
-    """ASGI middleware: a request says how long it is, and is not too long, before any of it is read."""
-
-    def __init__(self, app: Any) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and scope["method"] not in ("GET", "HEAD", "DELETE"):
-            said = dict(scope["headers"]).get(b"content-length", b"")
-            if not said.isdigit():
-                await JSONResponse({"detail": "the request must say its length."}, 411)(scope, receive, send)
-                return
-            if int(said) > MAX_BODY:
-                detail = f"the request has {int(said) / 1e6:.0f} MB, but can have at most {MAX_BODY / 1e6:.0f}."
-                await JSONResponse({"detail": detail}, 413)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
 
 
 def build(store: Store, token: str | None = None) -> FastAPI:
@@ -69,7 +51,7 @@ def build(store: Store, token: str | None = None) -> FastAPI:
         return found
 
     app = FastAPI(title="diffmorpher", description=__doc__.splitlines()[0])
-    app.add_middleware(BodyLimit)
+    app.add_middleware(BodyLimit, most=MAX_BODY)
     guarded: dict[str, Any] = {"dependencies": [Depends(allowed)]}
 
     @app.exception_handler(UserError)

@@ -50,7 +50,7 @@ def chosen(values: Mapping[str, Any]) -> Recipe:
         value = values.get(name)
         if name == "preset":
             if value and value not in [*PRESETS]:  # which need not be hashable
-                raise ConfigError(f"preset is {value!r}, but must be one of {', '.join(PRESETS)}, or empty.")
+                raise ConfigError(f"preset is {value!r:.40}, but must be one of {', '.join(PRESETS)}, or empty.")
             typed |= {value: True} if value else {}
         elif value is not None and value != "":
             read = _read(BY_NAME[name], value)
@@ -164,10 +164,10 @@ def _read(each: Setting, value: Any) -> Any:
         return [str(part).replace(" ", "") for part in parts]
     if each.is_switch:
         if not isinstance(value, bool):
-            raise ConfigError(f"{each.label} is {value!r}, but must be true or false.")
+            raise ConfigError(f"{each.label} is {value!r:.40}, but must be true or false.")
         return value
     if each.name == "size":
-        return parse_size(str(value).strip().lower().replace("×", "x") or None)
+        return parse_size(str(value)[:400].strip().lower().replace("×", "x") or None)
     if limits is not None and limits.many:
         texts = [str(part) for part in value] if isinstance(value, (list, tuple)) else [str(value)[:400]]
         return parse_numbers(",".join(texts), limits.label)

@@ -140,7 +140,7 @@ class Storyboard:
             session = self._studio.session(key_of(request))
             session.pictures.clear()
             for name, _ in shown:
-                self._studio.add_picture(session, ASSETS / "demo" / f"{name}.png", ours=True)
+                self._studio.add_picture(session, ASSETS / "demo" / f"{name}.png", held=True)
             return self._shown(session, [prompt for _, prompt in shown], _read(sent)[1])
 
         return load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import threading
 from dataclasses import dataclass, field
@@ -87,7 +88,8 @@ class Session:
     earlier: list[KeptFilm] = field(default_factory=list)
     prompts: list[str] = field(default_factory=list)  # as they stood when a film was last asked for
     values: dict[str, Any] = field(default_factory=dict)  # of the page's fields, then
-    uploads: list[Path] = field(default_factory=list)
+    uploads: list[tuple[Path, int]] = field(default_factory=list)  # files elsewhere, with their inodes
+    until: float = math.inf  # of `time.monotonic`: a program that is not heard of again goes then
     closed: bool = False
     ending: threading.Timer | None = None  # set while nobody looks at the page
     _films: int = 0

@@ -39,6 +39,7 @@ from . import options as o
 from .batch import run_batch
 from .checks import check_inputs_stay, check_loras, check_outputs, check_port, check_ray, inputs_of, parse_auth
 from .output import figures, print_json, save, say_cut, summary, write
+from .streams import close_stdout
 from .terminal import StageBars, begin
 
 if TYPE_CHECKING:
@@ -361,7 +362,7 @@ def main() -> None:
         status = signals.status()
     if signals.stopped(status):
         say("diffmorpher: stopped")
-    _close_stdout()
+    close_stdout()
     signals.leave(status)
 
 
@@ -394,11 +395,3 @@ def _is_somewhere() -> bool:
         return bool(os.getcwd())
     except FileNotFoundError:
         return False
-
-
-def _close_stdout() -> None:
-    """Nobody may be left to read standard output: then Python must not complain on its way out."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

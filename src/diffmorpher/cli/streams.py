@@ -45,3 +45,11 @@ class _Losing:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def close_stdout() -> None:
+    """Nobody may be left to read standard output: then Python must not complain on its way out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

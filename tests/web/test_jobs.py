@@ -507,6 +507,17 @@ def test_a_request_that_was_under_way_when_its_visitor_left_leaves_nothing(studi
     assert not late.folder.exists()
 
 
+def test_what_is_written_while_its_visitor_leaves_goes_too(studio: Studio) -> None:
+    ann = studio.session("ann")
+
+    def write() -> Path:
+        studio.end("ann")
+        ann.folder.mkdir()  # as where it was not empty when it was to go
+        return Path(shutil.copy(DEMO / "pear.png", ann.folder))
+
+    assert not ann.written(write).exists() and not ann.folder.exists()
+
+
 def test_letters_that_turn_a_name_around_are_left_out(studio: Studio, tmp_path: Path) -> None:
     upload = Path(shutil.copy(DEMO / "pear.png", tmp_path / "\u202egnp.exe\u2066.png"))
     assert studio.add_picture(studio.session("ann"), upload).name == "gnp.exe.png"

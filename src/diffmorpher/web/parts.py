@@ -203,7 +203,7 @@ class Result:
         writers = downloads(film)
         for kind, write in writers.items():
             try:
-                file = await asyncio.to_thread(write)
+                file = await asyncio.to_thread(session.written, write)
             except (DiffMorpherError, OSError):
                 return  # the film's folder is gone: another one was made, or the visitor left
             links[kind] = (file_url(file), file)

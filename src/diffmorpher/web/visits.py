@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,3 +100,11 @@ class Session:
         folder = self.folder / f"film-{self._films}"
         folder.mkdir(parents=True)
         return folder
+
+    def written(self, write: Callable[[], Path]) -> Path:
+        """What `write` writes into the folder; if the visitor leaves meanwhile, it goes too."""
+        try:
+            return write()
+        finally:
+            if self.closed:
+                shutil.rmtree(self.folder, ignore_errors=True)

@@ -5,6 +5,7 @@ Standard output is left to results (`--json`, `info`, `--help`), so that it can 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -42,6 +43,17 @@ def say(text: str) -> None:
     line = " ".join(text.split())
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     console.print(line, soft_wrap=True)
+
+
+#: Seconds for which the main thread may wait at once. The system may hand a signal to any thread, but Python handles it in the
+#: main one, which is not woken for that: a wait without an end could not be stopped.
+AWAKE = 0.5
+
+
+def wait(event: threading.Event) -> None:
+    """For the event, as long as it takes, with an ear for signals (see `AWAKE`)."""
+    while not event.wait(AWAKE):
+        pass
 
 
 def quiet_bars() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
@@ -154,6 +155,23 @@ def test_stopping_loses_only_the_work_at_hand(
     assert done.returncode == 0, done.stderr
     assert {file: file.stat().st_mtime_ns for file in finished} == stamps
     assert len(list(out.rglob("result.json"))) == 6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not let us choose the thread")
+def test_a_signal_that_the_system_hands_to_another_thread_stops_all_processes(
+    pairs: Path, model: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    arguments = ("bench", pairs, "--methods", "dissolve,lora", "--out", tmp_path, "--model", model, "--jobs", "2")
+    slow = ("--frames", "4", "--steps", "400", "--lora-steps", "300", "--device", "cpu")
+    with subprocess.Popen(command(*arguments, *slow), env=environment, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while not list(tmp_path.glob("*/dissolve/result.json")) and time.monotonic() < until:
+            time.sleep(0.05)
+        other = next(int(name) for name in os.listdir(f"/proc/{process.pid}/task") if int(name) != process.pid)
+        assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
+        _, said = process.communicate(timeout=20)  # to the end of all who can write there
+        assert not [file for file in tmp_path.rglob("*") if file.name.endswith(".part")]
+        assert process.returncode == 143 and said.endswith("diffmorpher: stopped\n"), said
 
 
 def test_shards_and_processes_make_the_same_whole(

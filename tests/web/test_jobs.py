@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +21,7 @@ from typing import Any
 import av
 import pytest
 from PIL import Image
+from servers import Server
 
 from diffmorpher import FitConfig, Morpher, Recipe
 from diffmorpher.cli.checks import check_port, parse_auth
@@ -198,6 +201,20 @@ def test_what_the_command_refuses(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == "diffmorpher: error: the page needs another package: pip install 'diffmorpher[web]'.\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not let us choose the thread")
+def test_a_signal_that_the_system_hands_to_another_thread_stops_the_page(tmp_path: Path) -> None:
+    """It does now and then; the main thread then slept for ever."""
+    server = Server(tmp_path / "web")
+    process = server.process
+    try:
+        other = next(int(name) for name in os.listdir(f"/proc/{process.pid}/task") if int(name) != process.pid)
+        assert ctypes.CDLL(None).tgkill(process.pid, other, signal.SIGTERM) == 0
+        assert process.wait(timeout=20) == 0
+        assert not list(server.folder.glob("diffmorpher-*"))
+    finally:
+        process.kill()
 
 
 # ---- the line

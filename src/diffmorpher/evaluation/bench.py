@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
-import sys
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
 
 from ..errors import ConfigError
-from ..progress import quiet_bars
+from ..progress import AWAKE, quiet_bars
 from .cluster import run_on_ray
 from .datasets import Pair
 from .worker import Settings, Worker, finished
@@ -51,10 +54,14 @@ def run_bench(
 # ---- several processes on one machine
 
 _worker: Worker | None = None
+_at_work = False
 
 
 def _start(settings: Settings, out: Path, jobs: int, numbers: Any) -> None:
     global _worker
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, _stop)
+    threading.Thread(target=_stop_with_parent, daemon=True).start()
     quiet_bars()  # of every process's own loading
     number = numbers.get()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
@@ -63,25 +70,55 @@ def _start(settings: Settings, out: Path, jobs: int, numbers: Any) -> None:
     _worker = Worker(settings, out, device)
 
 
+def _stop(number: int, frame: FrameType | None) -> None:
+    """End this process within a step, what is half-written being removed; another signal must not break into that."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+    if _at_work:
+        raise KeyboardInterrupt
+    os._exit(1)
+
+
+def _stop_with_parent() -> None:
+    """Whoever asked may be killed: nobody wants this process's work then."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+    else:  # Windows
+        os._exit(1)
+
+
 def _work(pair: Pair) -> str:
+    global _at_work
     assert _worker is not None
-    _worker.make_pair(pair)
+    _at_work = True
+    try:
+        _worker.make_pair(pair)
+    except KeyboardInterrupt:
+        os._exit(1)
+    finally:
+        _at_work = False
     return pair.name
 
 
 def _in_processes(pairs: Sequence[Pair], settings: Settings, out: Path, jobs: int) -> Iterator[tuple[str, str]]:
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        numbers = manager.Queue()
-        for number in range(jobs):
-            numbers.put(number)
-        pool = ProcessPoolExecutor(jobs, context, _start, (settings, out, jobs, numbers))
-        try:
-            for done in as_completed([pool.submit(_work, pair) for pair in pairs]):
-                name = done.result()
-                yield from ((name, method) for method in settings.methods)
-        finally:
-            pool.shutdown(wait=sys.exc_info()[0] is None, cancel_futures=True)
+    numbers = context.SimpleQueue()
+    for number in range(jobs):
+        numbers.put(number)
+    pool = ProcessPoolExecutor(jobs, context, _start, (settings, out, jobs, numbers))
+    try:
+        at_work = {pool.submit(_work, pair) for pair in pairs}
+        while at_work:
+            done, at_work = wait(at_work, AWAKE, FIRST_COMPLETED)
+            yield from ((pair.result(), method) for pair in done for method in settings.methods)
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -22,7 +22,7 @@ from starlette.middleware import Middleware
 
 from ..errors import UserError
 from ..models.catalog import ASSETS
-from ..progress import say
+from ..progress import say, wait
 from ..recipe import Recipe
 from . import html
 from .checks import MAX_FILE_BYTES
@@ -82,7 +82,7 @@ def serve(
             raise UserError(f"{where} cannot be used at {host} ({error}): give another --port or --host.") from error
         _announce(url, public, host, auth is not None)
         studio.warm_up()
-        stop.wait()
+        wait(stop)
         say("diffmorpher: stopped; all pictures and films of the page are removed.")
     finally:
         studio.close()

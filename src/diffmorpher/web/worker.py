@@ -12,6 +12,7 @@ from ..cluster.films import maker_of
 from ..cluster.maker import Maker, Model
 from ..errors import Cancelled
 from ..files.atomic import remove_leftovers
+from ..progress import wait
 from .jobs import explain
 from .line import Job, Line
 from .store import Store, StoredJob
@@ -116,7 +117,7 @@ class RayWorker:
     def start(self) -> None:
         """Begin with what waits. Raises `ConfigError`, `DiffMorpherError` where there is no such cluster."""
         self._thread.start()
-        self._ready.wait()
+        wait(self._ready)
         if self.error:
             raise self.error
         threading.Thread(target=tidied, args=(self._store, self._stopped), daemon=True).start()

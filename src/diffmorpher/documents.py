@@ -78,7 +78,7 @@ def plain(key: str, value: Any) -> Any:
     if key == "size":
         return parse_size(value) if isinstance(value, str) else check_size(checked("size", value, list))
     return (
-        checked(key, value, str) if key in ("device", "dtype", "audio", "audio_hash") else value
+        checked(key, value, str) if key in ("device", "dtype", "vae", "audio", "audio_hash") else value
     )  # the rest have limits
 
 

@@ -63,6 +63,7 @@ def gather(recipe: Recipe, given: Sequence[str | os.PathLike[str]] = ()) -> tupl
     found = replace(
         recipe, prompts=prompts, pictures=tuple(files), picture_hashes=tuple(hashes), model=recipe.model_place()
     )
+    found = replace(found, vae=recipe.loading()["vae"])
     found = replace(found, focus=settled_focus(recipe.focus, pictures))
     found = replace(found, loras=loras, lora_hashes=lora_hashes, styles=styles, style_hashes=style_hashes)
     return replace(found, **_sound(recipe)), pictures

@@ -81,7 +81,7 @@ class Morpher:
         self.spec = spec or family_spec(self.backbone.network_part)
         self.cache = cache
         self.load_seconds = 0.0
-        self.prediction: Prediction | None = None
+        self._asked: dict[str, str] = {}  # of what the model would not say by itself
 
     @classmethod
     @in_turn
@@ -94,19 +94,22 @@ class Morpher:
         low_memory: bool = False,
         tf32: bool = False,
         prediction: Prediction | None = None,
+        vae: str | os.PathLike[str] | None = None,
         cache: Cache | None = None,
     ) -> Morpher:
         """Load a model: a name of the catalog ("mini" is bundled), a hub id, a folder, or a .safetensors file.
 
         device: None takes the fastest present; dtype: None takes float32, on CUDA a 16-bit one, and bfloat16 for more than
         500 M parameters on a CPU that multiplies in it (AVX-512 BF16, AMX). low_memory, tf32, cache: as in the class.
-        prediction: "epsilon" or "v", for a file that does not say what its U-Net predicts. Raises `ModelError`.
+        prediction: "epsilon" or "v", for a file that does not say what its U-Net predicts. vae: a folder or .safetensors file
+        with an autoencoder in place of the model's own. Raises `ModelError`.
         """
         started = time.perf_counter()
         on = choose_device(device)
-        pipe, spec = load_pipeline(str(model), on, dtype, low_memory, prediction)
+        pipe, spec = load_pipeline(str(model), on, dtype, low_memory, prediction, os.fspath(vae) if vae else None)
         morpher = cls(pipe, spec=spec, name=bare_name(str(model)), low_memory=low_memory, tf32=tf32, cache=cache)
-        morpher.prediction = prediction
+        morpher._asked |= {"prediction": prediction} if prediction else {}
+        morpher._asked |= {"vae": Path(vae).name} if vae else {}
         morpher.load_seconds = time.perf_counter() - started
         return morpher
 
@@ -293,7 +296,7 @@ class Morpher:
             "dtype": str(backbone.network.dtype).removeprefix("torch."),
             "low_memory": backbone.low_memory,
             "tf32": backbone.tf32,
-            **({"prediction": self.prediction} if self.prediction else {}),  # else the model says it
+            **self._asked,
             **path.settings,
             "frames": num_frames,
             "sample": asdict(sample),

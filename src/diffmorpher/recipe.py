@@ -51,8 +51,8 @@ class Recipe:
     size: (width, height), or a shape of `SHAPES`; None for the model's. focus: one for all, one each, or none. fit: None for no
     LoRA at all (or with `loras`). device, dtype: None for the best here. seconds: the film's length, in place of frames.
     hold ... quality: as in `Playback`. transparent: frames keep the pictures' transparency.
-    audio: a file whose sound a video gets; beat: the frames follow it. prediction: None for
-    what the model says. origin: the file that it was read from, beside which pictures are looked for.
+    audio: a file whose sound a video gets; beat: the frames follow it. prediction, vae: None for
+    what the model says, and its own. origin: the file that it was read from, beside which pictures are looked for.
     Raises `ConfigError` for a value that cannot be.
     """
 
@@ -88,6 +88,7 @@ class Recipe:
     low_memory: bool = False
     tf32: bool = False
     prediction: Literal["epsilon", "v"] | None = None
+    vae: str | None = None
     origin: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -142,8 +143,17 @@ class Recipe:
 
     def model_place(self) -> str:
         """The model: one that lies beside the recipe by that name, else what is written there."""
-        beside = None if self.origin is None or self.model in CATALOG else self.origin.parent / self.model
-        return str(beside) if beside is not None and os.path.exists(beside) else self.model
+        return self.model if self.model in CATALOG else self._place(self.model)
+
+    def _place(self, name: str) -> str:
+        beside = None if self.origin is None else self.origin.parent / name
+        return str(beside) if beside is not None and os.path.exists(beside) else name
+
+    def loading(self) -> dict[str, Any]:
+        """What `Morpher.from_pretrained` loads its model with."""
+        names = ("device", "dtype", "low_memory", "tf32", "prediction")
+        vae = None if self.vae is None else self._place(self.vae)
+        return {"model": self.model, **{name: getattr(self, name) for name in names}, "vae": vae}
 
     def check_sound(self) -> None:
         """Raise `ConfigError` where a film cannot follow the beat."""
@@ -184,13 +194,13 @@ class Recipe:
     def changed(self, **typed: Any) -> Recipe:
         """The recipe with other settings, by their names in the table. None changes nothing.
 
-        With another model, what was the old one's recommendation becomes the new one's, and what it predicts is not kept.
+        With another model, what was the old one's recommendation becomes the new one's; what it predicts and its VAE go.
         Presets come before all else.
         """
         check_keys(typed, list(BY_NAME), "changed()")
         typed = {name: value for name, value in typed.items() if value is not None and BY_NAME[name].says(value)}
         for name in (
-            {"model", "lora", "style", "audio"} & typed.keys() if self.origin else ()
+            {"model", "vae", "lora", "style", "audio"} & typed.keys() if self.origin else ()
         ):  # seen from here, not from there
             many = isinstance(typed[name], (list, tuple))
             seen = [
@@ -231,7 +241,7 @@ class Recipe:
             same = {f.name: getattr(now, f.name) for f in fields(mine) if getattr(mine, f.name) == getattr(was, f.name)}
             return replace(mine, **same)
 
-        return replace(self, model=model, prediction=None, fit=moved("fit"), sample=moved("sample"))
+        return replace(self, model=model, prediction=None, vae=None, fit=moved("fit"), sample=moved("sample"))
 
     # ---- as a file
 
@@ -250,8 +260,9 @@ class Recipe:
                 stored[f.name] = list(value) if isinstance(value, tuple) else value
         if not self.styles:
             del stored["styles"]
-        if self.audio is not None:
-            stored["audio"] = PurePath(self.audio).name
+        for name in ("audio", "vae"):
+            if stored.get(name) is not None:
+                stored[name] = PurePath(stored[name]).name
         del stored["fit" if self.loras else "loras"]
         if self.seconds is not None:
             del stored["frames"]
@@ -280,8 +291,9 @@ class Recipe:
         for name in ("pictures", "loras", "styles"):
             if getattr(self, name):
                 document[name] = [seen_from(folder, path, self.origin) for path in getattr(self, name)]
-        if self.audio is not None:
-            document["audio"] = seen_from(folder, self.audio, self.origin)
+        for name in ("audio", "vae"):
+            if getattr(self, name) is not None:
+                document[name] = seen_from(folder, getattr(self, name), self.origin)
         document["model"] = self.model if self.model in CATALOG else seen_from(folder, self.model, self.origin)
         return write_document(file, document)
 

@@ -194,6 +194,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("model", "model", "Model", "Model", "A name that 'info' lists, hub id, folder or .safetensors file.", "M"),
     Setting("prediction", "prediction", "Model", "Prediction", "What the U-Net predicts, for files that do not say.",
             "epsilon|v", unset="what the model says"),
+    Setting("vae", "vae", "Model", "VAE", "An autoencoder in place of the model's own: a folder or a .safetensors file.",
+            "FOLDER|FILE", unset="the model's own"),
     Setting("device", "device", "Model", "Device", "cpu, cuda, cuda:1, mps ...", "D", unset="the fastest present"),
     Setting("dtype", "dtype", "Model", "Dtype", "float32, bfloat16, float16.", "T",
             unset="float32, on CUDA 16 bits; of a large model bfloat16 on a CPU that has it"),

@@ -296,7 +296,9 @@ def test_a_file_that_lacks_a_weight_is_said_so(tmp_path: Path, monkeypatch: pyte
     weights = original("sd1", small("sd1", monkeypatch, tmp_path))
     place = str(tmp_path / "model.safetensors")
     save_file({k: v for k, v in weights.items() if not k.startswith("first_stage_model.")}, place)
-    with pytest.raises(ModelError, match=r"Stable Diffusion 1\.x without a VAE: take the whole checkpoint\.$"):
+    with pytest.raises(
+        ModelError, match=r"Diffusion 1\.x without a VAE: take the whole checkpoint, or give one with --vae\.$"
+    ):
         load_pipeline(place, CPU, torch.float32)
     del weights["cond_stage_model.transformer.text_model.final_layer_norm.bias"]
     save_file(weights, place)
@@ -602,7 +604,7 @@ def test_every_family_has_been_recognised_and_what_its_line_names_is_there() -> 
             keys("x.lora_down.weight"),
             "a LoRA: name the model that it was made for with --model, and this file with --lora",
         ),
-        (keys("decoder.conv_in.weight"), "an autoencoder (VAE) alone: take a whole model."),
+        (keys("decoder.conv_in.weight"), "an autoencoder (VAE) alone: take a whole model, and this file with --vae."),
         (keys("down_blocks.0.resnets.0.conv1.weight"), "take the folder that holds its model_index.json."),
         (keys("weight"), "no model of a family that is known here: take one of Stable Diffusion 1.x"),
     ],

@@ -329,15 +329,7 @@ def _load(recipe: Recipe, typed: Collection[str] = (), no_cache: bool = False) -
         from ..morpher import Morpher
 
         quiet_bars()
-        return Morpher.from_pretrained(
-            recipe.model,
-            device=device,
-            dtype=recipe.dtype,
-            low_memory=recipe.low_memory,
-            tf32=recipe.tf32,
-            prediction=recipe.prediction,
-            cache=cache,
-        )
+        return Morpher.from_pretrained(**recipe.loading() | {"device": device}, cache=cache)
 
 
 # ---- the way in and out

@@ -84,9 +84,9 @@ def _one_by_one(
 ) -> Iterator[tuple[Path, dict[str, Any] | str]]:
     """(output, its figures or why there is none) of each, made here."""
     morpher: Morpher | None = None
-    loaded_for: tuple[Any, ...] = ()
+    loaded_for: dict[str, Any] = {}
     for number, recipe, out in films:
-        wanted = (recipe.model, recipe.device, recipe.dtype, recipe.low_memory, recipe.tf32, recipe.prediction)
+        wanted = recipe.loading()
         say(f"{number} {out}")
         try:
             if morpher is None or wanted != loaded_for:

@@ -66,14 +66,19 @@ def check_outputs(
 
 def inputs_of(recipe: Recipe) -> dict[str, list[Path]]:
     """The files that a film is made from, by what they are; of a model that is a folder, all in it."""
-    model = Path(os.path.expanduser(recipe.model))
-    networks = [file for file in model.rglob("*") if file.is_file()] if model.is_dir() else [model]
+    models = [] if recipe.model in CATALOG else _files_of(recipe.model)
     return {
         "a picture to be morphed": [*map(Path, recipe.pictures)],
         "a LoRA to be used": [Path(split_weight(each)[0]) for each in (*recipe.loras, *recipe.styles)],
         "the sound to be used": [Path(recipe.audio)] if recipe.audio else [],
-        "the model to be used": [] if recipe.model in CATALOG else networks,
+        "the model to be used": models,
+        "the VAE to be used": _files_of(recipe.vae) if recipe.vae else [],
     }
+
+
+def _files_of(model: str) -> list[Path]:
+    place = Path(os.path.expanduser(model))
+    return [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
 
 
 def check_inputs_stay(out: Path, inputs: Mapping[str, Sequence[Path]]) -> None:

@@ -152,7 +152,7 @@ def complete(arguments: list[str]) -> list[str]:
 
 #: Settings of a film in the order of the help; those that say how one LoRA is fitted; those of the model alone.
 FILM = tuple(each.name for each in SETTINGS)
-MODEL = ("model", "prediction", "device", "dtype", "low_memory", "tf32")
+MODEL = ("model", "prediction", "vae", "device", "dtype", "low_memory", "tf32")
 FIT = ("lora_steps", "lora_rank", "lora_lr", "style", "size", "resize", "focus", *MODEL, "seed")
 
 

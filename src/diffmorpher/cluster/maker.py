@@ -31,13 +31,13 @@ class Model:
     def __init__(self, device: str | None = None) -> None:
         self.morpher: Morpher | None = None
         self._device = device
-        self._of: tuple[Any, ...] = ()
+        self._of: dict[str, Any] = {}
         #: Called before the model goes, by those who hold what refers to it.
         self.leaving: list[Callable[[], None]] = []
 
     def load(self, recipe: Recipe) -> Morpher:
         """The recipe's model, loaded once; another one takes its place. Raises `ModelError`."""
-        if self.morpher is None or self._of != self._asked(recipe):
+        if self.morpher is None or self._of != recipe.loading():
             from ..morpher import Morpher
             from ..progress import quiet_bars
 
@@ -45,26 +45,15 @@ class Model:
             for let_go in self.leaving:
                 let_go()
             self.morpher = None
-            morpher = Morpher.from_pretrained(
-                recipe.model,
-                device=self._device or recipe.device,
-                dtype=recipe.dtype,
-                low_memory=recipe.low_memory,
-                tf32=recipe.tf32,
-                prediction=recipe.prediction,
-                cache=default_cache(),
-            )
+            how = recipe.loading() | ({"device": self._device} if self._device else {})
+            morpher = Morpher.from_pretrained(**how, cache=default_cache())
             self.hold(morpher, recipe)
             return morpher
         return self.morpher
 
     def hold(self, morpher: Morpher, recipe: Recipe) -> None:
         """Take one that was loaded already for the recipe's."""
-        self.morpher, self._of = morpher, self._asked(recipe)
-
-    @staticmethod
-    def _asked(recipe: Recipe) -> tuple[Any, ...]:
-        return (recipe.model, recipe.device, recipe.dtype, recipe.low_memory, recipe.tf32, recipe.prediction)
+        self.morpher, self._of = morpher, recipe.loading()
 
 
 class Maker:

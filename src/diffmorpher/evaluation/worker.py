@@ -41,7 +41,7 @@ class Settings:
     """What a run of the benchmark is made with. The defaults are the protocol; with others its figures are not comparable.
 
     methods: names as `resolve_methods` gives them. frames: per film. steps: of DDIM. fit: of the LoRAs.
-    model, device, prediction: as `Morpher.from_pretrained` takes them.
+    model, device, prediction, vae: as `Morpher.from_pretrained` takes them.
     """
 
     methods: tuple[str, ...]
@@ -52,6 +52,7 @@ class Settings:
     model: str = "mini"
     device: str | None = None
     prediction: Literal["epsilon", "v"] | None = None
+    vae: str | None = None
 
     def __post_init__(self) -> None:
         if resolve_methods(",".join(self.methods)) != list(self.methods):
@@ -84,7 +85,11 @@ class Worker:
     def __init__(self, settings: Settings, out: Path, device: str | None = None) -> None:
         self.settings, self.out = settings, out
         self.morpher = Morpher.from_pretrained(
-            settings.model, device=device or settings.device, prediction=settings.prediction, cache=default_cache()
+            settings.model,
+            device=device or settings.device,
+            prediction=settings.prediction,
+            vae=settings.vae,
+            cache=default_cache(),
         )
         self.distance = perceptual_distance(str(self.morpher.backbone.device))
 
@@ -179,6 +184,7 @@ def result_key(pair: Pair, method: str, settings: Settings) -> str:
         "model": settings.model,
         "model_files": _model_digest(settings.model),
         **({"prediction": settings.prediction} if settings.prediction else {}),
+        **({"vae": _model_digest(settings.vae)} if settings.vae else {}),
         "version": version("diffmorpher"),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]

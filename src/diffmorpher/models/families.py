@@ -54,7 +54,7 @@ FAMILIES: dict[str, Family] = {
         instead="name the model that it was made for with --model, and this file with --lora, once for each picture",
     ),
     "controlnet": Family("a ControlNet", instead="take the text-to-image model that it was made for"),
-    "vae": Family("an autoencoder (VAE) alone", instead="take a whole model"),
+    "vae": Family("an autoencoder (VAE) alone", instead="take a whole model, and this file with --vae"),
     "text-encoder": Family("a text encoder alone", instead="take a whole model"),
     "diffusers": Family(
         "one network of a model in the diffusers layout", instead="take the folder that holds its model_index.json"

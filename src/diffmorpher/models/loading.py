@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ..errors import ModelError, OutOfMemory
 from .backbone import Backbone
 from .bundled import check_sums
 from .catalog import ASSETS, NOT_ON_HUB, ModelSpec, catalogued, check_model, not_loaded
+from .clip_vocabulary import CONFIGS
 from .flux import Flux
 from .flux2 import Flux2
 from .memory import is_out_of_memory
@@ -22,6 +25,7 @@ from .single_file import Prediction, load_single_file, predicting
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+from .vae import check_fits, load_vae, of_any_class
 from .z_image import ZImage
 
 #: Parameters from which on a network is large: mini has 22 M, Stable Diffusion 1.x 860 M.
@@ -78,8 +82,15 @@ def _check_parts(folder: Path, parts: Mapping[str, Any]) -> None:
     if lost:
         raise ModelError(
             f"the model {str(folder)!r} lacks {', '.join(lost)}: copy what is so called from the model that it was made from, "
-            "and let its model_index.json name it."
+            f"and let its model_index.json name it{', or give one with --vae' if lost == ['vae'] else ''}."
         )
+
+
+def _vae_config(place: str, parts: Mapping[str, Any]) -> str | Path:
+    """Where the configuration of a model's own autoencoder is: with the model, or the bundled one of its family."""
+    if "vae" in parts and (not Path(place).is_dir() or (Path(place) / "vae" / "config.json").is_file()):
+        return place
+    return CONFIGS / ("sdxl" if "XL" in str(parts.get("_class_name")) else "sd1")
 
 
 def _multiplies_in_bfloat16() -> bool:
@@ -124,12 +135,14 @@ def load_pipeline(
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
     prediction: Prediction | None = None,
+    vae: str | None = None,
 ) -> tuple[Any, ModelSpec | None]:
     """Load an alias, hub id, folder or .safetensors file as a diffusers pipeline, with its entry in the catalog.
 
     dtype: None takes what suits the device and the network, see `choose_dtype`.
     offload: leave each network in the machine's memory while it is not at work (on a CPU this changes nothing). prediction:
-    what the U-Net predicts; None takes what the model says. A single file is `single_file.py`'s affair. Raises `ModelError`.
+    what the U-Net predicts; None takes what the model says. vae: a folder or file whose autoencoder takes the place of the
+    model's own. A single file is `single_file.py`'s affair. Raises `ModelError`.
     """
     from diffusers import DiffusionPipeline
 
@@ -144,7 +157,8 @@ def load_pipeline(
     try:
         if source.suffix.lower() == ".safetensors":
             wanted = choose_dtype(dtype, device, count_parameters(source))
-            pipe = load_single_file(source, wanted, prediction)
+            other = partial(load_vae, vae, dtype=wanted) if vae else None
+            pipe = load_single_file(source, wanted, prediction, other)
         else:
             place = str(source) if source.is_dir() else name
             if source.parent == ASSETS:
@@ -153,11 +167,18 @@ def load_pipeline(
             if "safety_checker" not in parts:
                 options = {}
             if source.is_dir():
-                _check_parts(source, {name: of for name, of in parts.items() if name not in options})
+                left_out = {*options, *(["vae"] if vae else [])}
+                _check_parts(source, {name: of for name, of in parts.items() if name not in left_out})
             if dtype is None and device.type == "cpu" and _multiplies_in_bfloat16():
                 folder = Path(place if source.is_dir() else DiffusionPipeline.download(place, **options))
                 wanted = choose_dtype(None, device, count_parameters(folder))
-            pipe = predicting(DiffusionPipeline.from_pretrained(place, dtype=wanted, **options), prediction)
+            if vae:
+                options["vae"] = load_vae(vae, _vae_config(place, parts), wanted)
+            with of_any_class() if vae else nullcontext():
+                pipe = DiffusionPipeline.from_pretrained(place, dtype=wanted, **options)
+            pipe = predicting(pipe, prediction)
+        if vae:
+            check_fits(pipe.vae, getattr(pipe, "transformer", None) or pipe.unet, vae)
     except ModelError:
         raise
     except Exception as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -99,8 +99,11 @@ class Checkpoint:
             f"{self.file.name} goes by the name of a few-step model, which morphs badly: take the one it was made from."
         )
 
-    def check(self, prediction: Prediction | None = None) -> Path:
-        """The folder of its configuration. Raises `ModelError`, which says what to take instead, if it cannot be used."""
+    def check(self, prediction: Prediction | None = None, vae: bool = False) -> Path:
+        """The folder of its configuration. Raises `ModelError`, which says what to take instead, if it cannot be used.
+
+        vae: whether another one takes the place of its own, which it may then lack.
+        """
         found, beside = self.family, self.file.with_suffix("")
         if found.instead and not (self.folder and found == FAMILIES["unknown"]):
             raise ModelError(f"{self.file.name} holds {found.name}: {found.instead}.")
@@ -112,8 +115,11 @@ class Checkpoint:
                 f"folder (model_index.json and what it names) into the folder {beside}."
             )
         for part, prefixes in _PARTS.items():
-            if not any(key.startswith(prefixes) for key in self.shapes):
-                raise ModelError(f"{self.file.name} holds {found.name} without {part}: take the whole checkpoint.")
+            if not any(key.startswith(prefixes) for key in self.shapes) and not (vae and part == "a VAE"):
+                more = ", or give one with --vae" if part == "a VAE" else ""
+                raise ModelError(
+                    f"{self.file.name} holds {found.name} without {part}: take the whole checkpoint{more}."
+                )
         predicts = prediction or self.prediction
         if predicts is None:
             raise ModelError(
@@ -132,39 +138,45 @@ def _one_of(patterns: tuple[str, str], text: str) -> Prediction | None:
 # ---- loading
 
 
-def load_single_file(file: Path, dtype: torch.dtype, prediction: Prediction | None = None) -> Any:
-    """A diffusers pipeline of one file and its configuration. Raises `ModelError` for one that cannot be used."""
+def load_single_file(
+    file: Path, dtype: torch.dtype, prediction: Prediction | None = None, vae: Callable[[Path], Any] | None = None
+) -> Any:
+    """A diffusers pipeline of one file and its configuration. Raises `ModelError` for one that cannot be used.
+
+    vae: gives another autoencoder in place of the file's, from the folder of that configuration.
+    """
     import diffusers
 
     checkpoint = Checkpoint.read(file)
-    config, found = checkpoint.check(prediction), checkpoint.family
+    config, found = checkpoint.check(prediction, vae is not None), checkpoint.family
     if checkpoint.few_steps:
         warnings.warn(checkpoint.few_steps, stacklevel=2)
     kind = getattr(diffusers, found.pipeline or FAMILIES["sd1"].pipeline)
     options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    another = {} if vae is None else {"vae": vae(config)}
     bundled = not checkpoint.folder
     if bundled:
         options |= {folder.name: clip_tokenizer(folder) for folder in sorted(config.glob("tokenizer*"))}
     elif kind is diffusers.StableDiffusionPipeline:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     if found.network and not any(key.startswith("text_encoders.") for key in checkpoint.shapes):
-        with _with_small_letters(file) as place:
+        with with_small_letters(file) as place:
             network = getattr(diffusers, found.network).from_single_file(
                 place, config=str(config), subfolder="transformer", **options
             )
         index = json.loads((config / "model_index.json").read_text("utf-8"))
         left_out = {part: None for part, of in index.items() if of == [None, None]}  # a T5 that is done without
-        pipe = kind.from_pretrained(str(config), transformer=network, **left_out, **options)
+        pipe = kind.from_pretrained(str(config), transformer=network, **another, **left_out, **options)
     else:
-        with _with_small_letters(file) as place:
-            pipe = kind.from_single_file(place, config=str(config), **options)
+        with with_small_letters(file) as place:
+            pipe = kind.from_single_file(place, config=str(config), **another, **options)
     _check_whole(pipe, file.name, found.name)
     says = prediction or (checkpoint.prediction if bundled else None)
     return predicting(pipe, says, zero_snr=bundled and "ztsnr" in checkpoint.shapes)
 
 
 @contextmanager
-def _with_small_letters(file: Path) -> Iterator[str]:
+def with_small_letters(file: Path) -> Iterator[str]:
     """A name of the file that ends in .safetensors: diffusers takes .SAFETENSORS for a pickle."""
     small = file.with_suffix(".safetensors")
     if small.exists():  # the same file where capitals do not matter

@@ -1,6 +1,9 @@
 """What fewer U-Net rows cost: fits, steps and schedules, one change at a time, over held-out pairs of the bundled model.
 
     python benchmarks/tradeoffs.py --pairs 6 --json tradeoffs.json
+    python benchmarks/tradeoffs.py --pairs 6 --model work/mini-flow --size 256x256    # what flows are set to
+
+The rule of inversion, the attention blocks, exact ends and fits of flows are chosen by the second.
 
 Every line is the mean over the pairs. "lost" is what the ends lose without `exact_ends`: the perceptual distance of the first
 and last frame from the pictures that the autoencoder alone gives back.
@@ -13,7 +16,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -25,9 +28,10 @@ from diffmorpher.evaluation.datasets import Pair, load_dataset
 from diffmorpher.evaluation.metrics import figures
 from diffmorpher.files.pictures import fit_image, load_image
 from diffmorpher.method.perceptual import perceptual_distance
-from diffmorpher.models.catalog import CATALOG
+from diffmorpher.models.catalog import CATALOG, ModelSpec
 from diffmorpher.path import to_pixels
 from diffmorpher.progress import quiet_bars
+from diffmorpher.settings import parse_size
 
 FRAMES = 16
 FIGURES = ("ppl", "pdv", "end_distance", "end_psnr", "roughness")
@@ -35,10 +39,14 @@ FIGURES = ("ppl", "pdv", "end_distance", "end_psnr", "roughness")
 
 @dataclass(frozen=True)
 class Variant:
+    """inversion: the rule, None for the family's. blocks: attention is mixed in sites whose path has this in it."""
+
     name: str
     fit: FitConfig
     sample: SampleConfig
     schedule: ScheduleConfig
+    inversion: Literal["plain", "uni"] | None = None
+    blocks: str = ""
 
 
 PAPER_FIT, FAST_FIT = FitConfig(), CATALOG["mini"].fit
@@ -65,18 +73,51 @@ def variants() -> list[Variant]:
     ]
 
 
+def flow_variants(own: ModelSpec) -> list[Variant]:
+    """A flow family's own settings, and others, one change at a time."""
+    fit, sample = own.fit, own.sample
+    lost = replace(sample, exact_ends=False)
+    fits = [replace(fit, learning_rate=rate) for rate in (3e-4, 1e-3)]
+    fits += [FitConfig(steps=50, draws=4, learning_rate=1e-3, decay=True)]
+    kinds: list[dict[str, Any]] = [
+        *({"attention_lambda": share} for share in (0.0, 0.3, 1.0)),
+        {"attention_mode": "kv"},
+        {"adain": False},
+        *({"steps": steps} for steps in (28, 20)),
+    ]
+    return [
+        Variant("the family's", fit, sample, INSERT),
+        Variant("plain inversion", fit, sample, INSERT, "plain"),
+        Variant("no exact ends", fit, lost, INSERT),
+        Variant("no exact ends, plain", fit, lost, INSERT, "plain"),
+        *(
+            Variant(", ".join(f"{k} {v}" for k, v in each.items()), fit, replace(sample, **each), INSERT)
+            for each in kinds
+        ),
+        Variant("joint blocks alone", fit, sample, INSERT, blocks=".transformer_blocks."),
+        Variant("single blocks alone", fit, sample, INSERT, blocks=".single_transformer_blocks."),
+        *(Variant(describe(each), each, sample, INSERT) for each in fits),
+    ]
+
+
 def describe(fit: FitConfig) -> str:
     return f"fit {fit.steps} x {fit.draws}, {fit.learning_rate:g}{' to 0' if fit.decay else ''}"
 
 
-def run(morpher: Morpher, pair: Pair, variant: Variant, loras: dict[FitConfig, Any]) -> dict[str, float]:
+def run(
+    morpher: Morpher, size: tuple[int, int], pair: Pair, variant: Variant, loras: dict[FitConfig, Any]
+) -> dict[str, float]:
     """The figures of one pair's film, and its U-Net rows."""
-    images = [fit_image(load_image(image), morpher.working_size()) for image in pair.images]
+    images = [fit_image(load_image(image), size) for image in pair.images]
+    backbone: Any = morpher.backbone
+    backbone.inversion = variant.inversion or type(backbone).inversion
+    sites = type(backbone).attention_sites(backbone)
+    backbone.attention_sites = lambda: [site for site in sites if variant.blocks in f".{site.layer}"]
     fit, rows = variant.fit, morpher.backbone.unet_rows
     if fit not in loras:
-        loras[fit] = morpher.fit_all(images, pair.prompts, fit)
+        loras[fit] = morpher.fit_all(images, pair.prompts, fit, size=size)
         rows = morpher.backbone.unet_rows
-    path = morpher.prepare(images, pair.prompts, loras[fit], steps=variant.sample.steps)
+    path = morpher.prepare(images, pair.prompts, loras[fit], steps=variant.sample.steps, size=size)
     film = morpher.film(path, FRAMES, variant.sample, variant.schedule)
     rows = morpher.backbone.unet_rows - rows + len(images) * 3 * fit.steps * fit.draws
     distance = perceptual_distance(str(morpher.backbone.device))
@@ -109,13 +150,17 @@ def table_of(results: dict[str, list[dict[str, float]]]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--size", type=parse_size, help="in place of the model's own, such as 256x256")
     parser.add_argument("--only", help="variants whose name has this in it")
     parser.add_argument("--json", type=Path, help="also write every pair's figures to this file")
     given = parser.parse_args(arguments)
     quiet_libraries()
     quiet_bars()
-    morpher = Morpher.from_pretrained("mini")
-    chosen = [v for v in variants() if given.only is None or given.only in v.name]
+    morpher = Morpher.from_pretrained(given.model)
+    size = given.size or morpher.working_size()
+    tried = variants() if morpher.backbone.network_part == "unet" else flow_variants(morpher.spec)
+    chosen = [v for v in tried if given.only is None or given.only in v.name]
     pairs = load_dataset("mini").take(given.pairs)
     results: dict[str, list[dict[str, float]]] = {v.name: [] for v in chosen}
     with StageBars() as bars:
@@ -123,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             loras: dict[FitConfig, Any] = {}
             for j, variant in enumerate(chosen):
                 bars("runs", i * len(chosen) + j, len(pairs) * len(chosen))
-                results[variant.name].append(run(morpher, pair, variant, loras))
+                results[variant.name].append(run(morpher, size, pair, variant, loras))
                 if given.json:
                     given.json.write_text(json.dumps(results, indent=2) + "\n")
         bars("runs", len(pairs) * len(chosen), len(pairs) * len(chosen))

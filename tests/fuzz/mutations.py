@@ -47,7 +47,16 @@ def mutated(draw: random.Random, seed: bytes, others: Sequence[bytes]) -> bytes:
             try:
                 data = inner(draw, data)
                 continue
-            except (ValueError, KeyError, IndexError, TypeError, struct.error, zipfile.BadZipFile, OverflowError):
+            except (
+                ValueError,
+                KeyError,
+                IndexError,
+                TypeError,
+                AttributeError,
+                struct.error,
+                zipfile.BadZipFile,
+                OverflowError,
+            ):
                 pass  # what an earlier change has broken
             except (RecursionError, EOFError, NotImplementedError, zlib.error, OSError, UnicodeError):
                 pass

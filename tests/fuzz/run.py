@@ -60,9 +60,9 @@ def work(reader: str, start: int, count: int, out: Path) -> int:
         read = failed = 0
         begun = time.monotonic()
         for number in range(start, start + count):
+            (out / f"{reader}.now").write_text(str(number))
             name, content = made(reader, number, seeds)
             (folder / name).write_bytes(content)
-            (out / f"{reader}.now").write_text(str(number))
             faulthandler.dump_traceback_later(60, exit=True)  # in C, where no signal is heard
             try:
                 read += attempt(READERS[reader].read, folder / name, folder)

@@ -35,6 +35,7 @@ from diffmorpher.web.downloads import downloads
 from diffmorpher.web.estimate import Speed, length, rows
 from diffmorpher.web.html import chart, frame, progress, strip
 from diffmorpher.web.jobs import KEPT_VISITS, Session, Studio, check_picture, explain
+from diffmorpher.web.keys import frames_key
 from diffmorpher.web.line import LONGEST_LINE, Job, Line
 from diffmorpher.web.settings import chosen, different_names, fields_of, long_enough, one_each, together, weighted
 from diffmorpher.web.uploads import BROKEN_OFF
@@ -215,6 +216,25 @@ def test_a_signal_that_the_system_hands_to_another_thread_stops_the_page(tmp_pat
         assert not list(server.folder.glob("diffmorpher-*"))
     finally:
         process.kill()
+
+
+def test_films_are_the_same_frames_whatever_only_says_how_they_are_played() -> None:
+    images = [Image.new("RGB", (8, 8))] * 2
+    plain = Recipe(("a.png", "b.png"), picture_hashes=("1", "2"), prompts=("a", "b"))
+
+    def key(**typed: Any) -> str:
+        return frames_key(plain.changed(**typed), images, None, (), None)
+
+    for how in ({"fps": 12.0}, {"hold": (0.5, 0)}, {"quality": "best"}, {"ping_pong": True}, {"reverse": True}):
+        assert key(**how) == key(), how
+    others: list[dict[str, Any]] = [
+        *({"loop": True}, {"frames": 9}, {"seconds": 3.0}, {"seed": 1}, {"size": (64, 64)}, {"prompt": ["a", "c"]}),
+        *({"steps": 9}, {"adain": False}, {"guidance": 2.0}, {"reschedule": False}, {"ease": "in"}, {"lora_steps": 9}),
+        *({"no_lora": True}, {"resize": "pad"}, {"focus": ["0,0"]}, {"transparent": True}, {"model": "sd15"}),
+    ]
+    keys = [key(**each) for each in ({}, *others)]
+    assert len(set(keys)) == len(keys)
+    assert key() != frames_key(replace(plain, picture_hashes=("1", "3")), images, None, (), None)
 
 
 # ---- the line

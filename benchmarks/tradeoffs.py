@@ -150,6 +150,7 @@ def table_of(results: dict[str, list[dict[str, float]]]) -> Table:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--skip", type=int, default=0, help="pairs that others make")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--size", type=parse_size, help="in place of the model's own, such as 256x256")
     parser.add_argument("--only", help="variants whose name has this in it")
@@ -161,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = given.size or morpher.working_size()
     tried = variants() if morpher.backbone.network_part == "unet" else flow_variants(morpher.spec)
     chosen = [v for v in tried if given.only is None or given.only in v.name]
-    pairs = load_dataset("mini").take(given.pairs)
+    pairs = load_dataset("mini").take(given.pairs)[given.skip :]
     results: dict[str, list[dict[str, float]]] = {v.name: [] for v in chosen}
     with StageBars() as bars:
         for i, pair in enumerate(pairs):

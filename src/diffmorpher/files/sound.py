@@ -13,6 +13,8 @@ from .places import as_file
 
 #: Of all sound that is written, which Opus asks for; two channels.
 RATE = 48_000
+#: Samples a second that a file may say it has: from telephones' far below to beyond any recorder's.
+RATES = (1_000, 1_000_000)
 #: Seconds in which a sound fades out that is longer than the film; a quarter of a short film.
 FADE = 1.0
 #: Seconds in which the motion that a beat sets off dies away; what moves without a beat, of the mean.
@@ -42,6 +44,8 @@ def read_sound(file: str | os.PathLike[str], seconds: float | None = None) -> Ar
                 raise SoundError(f"{name!r} holds no sound: give a wav, mp3, flac, ogg or m4a file.")
             resampler = av.AudioResampler(format="fltp", layout="stereo", rate=RATE)
             for frame in container.decode(audio=0):
+                if not RATES[0] <= frame.sample_rate <= RATES[1]:  # the resampler's tables grow with it, to gigabytes
+                    raise ValueError(f"it says that it has {frame.sample_rate:,} samples a second")
                 parts += [each.to_ndarray().astype(np.float32) for each in resampler.resample(frame)]
                 read += sum(part.shape[1] for part in parts[-1:])
                 if wanted is not None and read > wanted:

@@ -85,7 +85,8 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_no_reader_may_do_is_seen(kind: str, tmp_path: Path) -> None:
     read, message = BAD[kind]
     (folder := tmp_path / "work").mkdir()
+    seconds = 0.3 if kind.startswith("hangs") else 5  # new memory alone may take 0.4 s on a machine that is short of it
     with pytest.raises(Bad, match=message):
-        attempt(read, folder / "file", folder, seconds=0.3, size=2**26)
+        attempt(read, folder / "file", folder, seconds=seconds, size=2**26)
     assert attempt(lambda file: (file.parent / "x").write_text("x"), folder / "file", folder)
     assert not attempt(lambda file: (_ for _ in ()).throw(ImageError("no picture")), folder / "file", folder)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from conftest import tiny_pipeline
@@ -24,6 +26,7 @@ from diffmorpher.cluster.desk import Desk, make_part
 from diffmorpher.cluster.films import make_films
 from diffmorpher.cluster.maker import Maker
 from diffmorpher.errors import Cancelled
+from diffmorpher.files.films import read_settings
 from diffmorpher.gather import gather
 
 
@@ -166,8 +169,11 @@ def test_a_batch_on_ray_is_that_of_one_machine_though_its_workers_are_killed(dat
 @pytest.mark.slow
 def test_a_batch_is_typed_with_ray_as_without(data: Path) -> None:
     pytest.importorskip("ray")
+    torch.manual_seed(1)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(data / "model" / "vae"))
+    vae.save_pretrained(data / "another")
     (data / "batch.toml").write_text(
-        'model = "model"\n'
+        'model = "model"\nvae = "another"\n'
         '[[film]]\npictures = ["0.png", "1.png"]\nframes = 5\nname = "a"\n'
         '[[film]]\npictures = ["1.png", "2.png", "3.png"]\nframes = 30\nname = "b"\n'
     )
@@ -196,6 +202,7 @@ def test_a_batch_is_typed_with_ray_as_without(data: Path) -> None:
         assert {k: v for k, v in film.items() if k not in ("output", "seconds")} == {
             k: v for k, v in other.items() if k not in ("output", "seconds")
         }
+    assert read_settings(data / "ray" / "a.mp4")["vae"] == "another"
     again = subprocess.run([*command, "ray", "--ray"], capture_output=True, text=True)
     assert again.returncode == 0 and "0 made, 2 there already" in again.stderr
 

@@ -13,10 +13,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from conftest import tiny_pipeline
@@ -107,6 +111,28 @@ def test_a_killed_workers_pair_goes_to_another(data: Path) -> None:
         seen = list(run_bench(dataset.pairs, settings, out, jobs=2, ray="local"))
     assert killed, "the two workers were never at work together"
     check_whole(dataset, settings, out, seen)
+
+
+def test_another_autoencoder_goes_along(data: Path) -> None:
+    torch.manual_seed(1)
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(data / "model" / "vae"))
+    vae.save_pretrained(data / "another")
+    dataset, own = load_dataset("."), long_settings(2)
+    pairs = dataset.pairs[:2]
+    for out, settings, ray in (
+        ("ray", replace(own, vae="another"), "local"),
+        ("alone", replace(own, vae="another"), None),
+        ("own", own, None),
+    ):
+        check_whole(Dataset("two", pairs), settings, Path(out), list(run_bench(pairs, settings, Path(out), ray=ray)))
+    for pair in pairs:
+        for method in METHODS:
+            ray, alone, without = (
+                np.asarray(Image.open(Path(out, pair.name, method, "001.png"))).astype(int)
+                for out in ("ray", "alone", "own")
+            )
+            assert abs(ray - alone).max() <= 1  # a worker has another number of threads than the tests
+            assert abs(alone - without).max() > 50
 
 
 def test_a_pair_that_ends_every_worker_is_recorded_and_the_rest_is_made(data: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -83,6 +85,51 @@ def test_a_single_safetensors_file_in_the_original_layout_is_the_same_model(tmp_
         assert_close(loaded.backbone.decode(z), StableDiffusion(pipe).decode(z))
 
 
+def put_renamed(
+    out: dict[str, torch.Tensor], prefix: str, module: torch.nn.Module, names: dict[str, str] | None = None
+) -> None:
+    for key, value in module.state_dict().items():
+        for ours, theirs in (names or {}).items():
+            if key.startswith(ours + "."):
+                key = theirs + key.removeprefix(ours)
+                break
+        out[f"{prefix}.{key}"] = value.contiguous()
+
+
+def original_vae(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
+    """An autoencoder's weights by the original names."""
+    out: dict[str, torch.Tensor] = {}
+    put = partial(put_renamed, out)
+    levels = len(vae.config.block_out_channels)
+    shortcut = {"conv_shortcut": "nin_shortcut"}
+    for side, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
+        put(f"{side}.conv_in", half.conv_in)
+        put(f"{side}.norm_out", half.conv_norm_out)
+        put(f"{side}.conv_out", half.conv_out)
+        put(f"{side}.mid.block_1", half.mid_block.resnets[0])
+        put(f"{side}.mid.block_2", half.mid_block.resnets[1])
+        attention = half.mid_block.attentions[0]
+        put(f"{side}.mid.attn_1.norm", attention.group_norm)
+        projections = {"q": attention.to_q, "k": attention.to_k, "v": attention.to_v, "proj_out": attention.to_out[0]}
+        for name, linear in projections.items():
+            out[f"{side}.mid.attn_1.{name}.weight"] = linear.weight.detach()[:, :, None, None].contiguous()
+            out[f"{side}.mid.attn_1.{name}.bias"] = linear.bias.detach()
+    for i, block in enumerate(vae.encoder.down_blocks):
+        for j, layer in enumerate(block.resnets):
+            put(f"encoder.down.{i}.block.{j}", layer, shortcut)
+        if block.downsamplers:
+            put(f"encoder.down.{i}.downsample.conv", block.downsamplers[0].conv)
+    for i, block in enumerate(vae.decoder.up_blocks):
+        for j, layer in enumerate(block.resnets):
+            put(f"decoder.up.{levels - 1 - i}.block.{j}", layer, shortcut)
+        if block.upsamplers:
+            put(f"decoder.up.{levels - 1 - i}.upsample.conv", block.upsamplers[0].conv)
+    for name in ("quant_conv", "post_quant_conv"):
+        if (layer := getattr(vae, name)) is not None:
+            put(name, layer)
+    return {k: v.clone() for k, v in out.items()}
+
+
 def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     """Diffusers' names to the original ones, written from the original U-Net's and autoencoder's numbering."""
     out: dict[str, torch.Tensor] = {}
@@ -92,14 +139,7 @@ def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
     }  # fmt: skip
     per_block = pipe.unet.config.layers_per_block
 
-    def put(prefix: str, module: torch.nn.Module, names: dict[str, str] | None = None) -> None:
-        for key, value in module.state_dict().items():
-            for ours, theirs in (names or {}).items():
-                if key.startswith(ours + "."):
-                    key = theirs + key.removeprefix(ours)
-                    break
-            out[f"{prefix}.{key}"] = value.contiguous()
-
+    put = partial(put_renamed, out)
     unet, model = pipe.unet, "model.diffusion_model"
     put(f"{model}.time_embed.0", unet.time_embedding.linear_1)
     put(f"{model}.time_embed.2", unet.time_embedding.linear_2)
@@ -131,32 +171,7 @@ def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
             last = i * (per_block + 1) + per_block
             put(f"{model}.output_blocks.{last}.{2 if attended else 1}.conv", block.upsamplers[0].conv)
 
-    vae, stage, levels = pipe.vae, "first_stage_model", len(pipe.vae.config.block_out_channels)
-    shortcut = {"conv_shortcut": "nin_shortcut"}
-    for side, half in (("encoder", vae.encoder), ("decoder", vae.decoder)):
-        put(f"{stage}.{side}.conv_in", half.conv_in)
-        put(f"{stage}.{side}.norm_out", half.conv_norm_out)
-        put(f"{stage}.{side}.conv_out", half.conv_out)
-        put(f"{stage}.{side}.mid.block_1", half.mid_block.resnets[0])
-        put(f"{stage}.{side}.mid.block_2", half.mid_block.resnets[1])
-        attention = half.mid_block.attentions[0]
-        put(f"{stage}.{side}.mid.attn_1.norm", attention.group_norm)
-        projections = {"q": attention.to_q, "k": attention.to_k, "v": attention.to_v, "proj_out": attention.to_out[0]}
-        for name, linear in projections.items():
-            out[f"{stage}.{side}.mid.attn_1.{name}.weight"] = linear.weight.detach()[:, :, None, None].contiguous()
-            out[f"{stage}.{side}.mid.attn_1.{name}.bias"] = linear.bias.detach()
-    for i, block in enumerate(vae.encoder.down_blocks):
-        for j, layer in enumerate(block.resnets):
-            put(f"{stage}.encoder.down.{i}.block.{j}", layer, shortcut)
-        if block.downsamplers:
-            put(f"{stage}.encoder.down.{i}.downsample.conv", block.downsamplers[0].conv)
-    for i, block in enumerate(vae.decoder.up_blocks):
-        for j, layer in enumerate(block.resnets):
-            put(f"{stage}.decoder.up.{levels - 1 - i}.block.{j}", layer, shortcut)
-        if block.upsamplers:
-            put(f"{stage}.decoder.up.{levels - 1 - i}.upsample.conv", block.upsamplers[0].conv)
-    put(f"{stage}.quant_conv", vae.quant_conv)
-    put(f"{stage}.post_quant_conv", vae.post_quant_conv)
+    out |= {f"first_stage_model.{k}": v for k, v in original_vae(pipe.vae).items()}
     put("cond_stage_model.transformer", pipe.text_encoder)
     if not any(k.startswith("cond_stage_model.transformer.text_model.") for k in out):
         put("cond_stage_model.transformer.text_model", pipe.text_encoder)

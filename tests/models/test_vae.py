@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_models import original_vae
 from test_single_file import CPU, PICTURES, original, small
 from torch.testing import assert_close
 
+from conftest import (
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_qwen_pipeline,
+    tiny_sd3_pipeline,
+    tiny_z_image_pipeline,
+)
 from diffmorpher import FitConfig, Morpher, Recipe, SampleConfig
 from diffmorpher.cli.app import _load
 from diffmorpher.cli.checks import inputs_of
@@ -122,6 +131,13 @@ def test_what_is_no_autoencoder_for_the_model_is_said_so(place: Path) -> None:
     lost = next(iter(sorted(weights)))
     save_file({k: v for k, v in weights.items() if k != lost}, place / "lacking.safetensors")
     refused("lacking.safetensors", "the VAE .*lack")
+    shapes = load_file(place / "without-config.safetensors")
+    shapes["decoder.conv_in.weight"] = torch.zeros(8, 16, 3, 3)
+    save_file(shapes, place / "another-shape.safetensors")
+    refused("another-shape.safetensors", "has another shape of decoder.conv_in.weight: take another copy, give one")
+    del shapes["decoder.conv_in.weight"]
+    save_file(shapes, place / "without-one.safetensors")
+    refused("without-one.safetensors", "lacks decoder.conv_in.weight")
     diffusers.AutoencoderTiny(latent_channels=16).save_pretrained(place / "wide")
     refused("wide", "makes 16 channels, but the model reads 4")
     refused("wide", "makes 16 channels, but the model reads 4", "bare-file.safetensors")
@@ -132,3 +148,52 @@ def test_what_is_no_autoencoder_for_the_model_is_said_so(place: Path) -> None:
         load_pipeline(str(place / "bare"), CPU, torch.float32)
     with pytest.raises(ModelError, match="or give one with --vae"):
         load_pipeline(str(place / "bare-file.safetensors"), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "make", [tiny_flux_pipeline, tiny_flux2_pipeline, tiny_sd3_pipeline, tiny_z_image_pipeline, tiny_qwen_pipeline]
+)
+def test_flows_take_another_as_well(make: Callable[[], Any], tmp_path: Path) -> None:
+    """A folder, diffusers' file alone, and where AutoencoderKL is theirs the original layout (FLUX.1's ae.safetensors)."""
+    pipe = make()
+    pipe.save_pretrained(tmp_path / "folder")
+    shutil.copytree(tmp_path / "folder", tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "vae")
+    torch.manual_seed(1)
+    kind = type(pipe.vae)
+    other = kind.from_config(pipe.vae.config).eval()
+    other.save_pretrained(tmp_path / "vae")
+    save_file(other.state_dict(), tmp_path / "alone.safetensors")
+    save_file(original_vae(other) if kind is diffusers.AutoencoderKL else OLD, tmp_path / "ae.safetensors")
+
+    def loaded(model: str, vae: str) -> Any:
+        return load_pipeline(str(tmp_path / model), CPU, torch.float32, vae=str(tmp_path / vae))[0]
+
+    for model, vae in (
+        ("folder", "vae"),
+        ("folder", "alone.safetensors"),
+        ("bare", "vae"),
+        ("folder", "ae.safetensors"),
+    ):
+        if vae == "ae.safetensors" and kind is not diffusers.AutoencoderKL:
+            with pytest.raises(ModelError, match="ae.safetensors is in a layout that is not read for this family"):
+                loaded(model, vae)
+            continue
+        found = loaded(model, vae).vae
+        assert type(found) is kind and own(found) == own(other)
+        for name, weight in other.state_dict().items():
+            assert_close(found.state_dict()[name], weight, rtol=0, atol=0)
+    for vae in ("alone.safetensors", "ae.safetensors"):
+        with pytest.raises(ModelError, match="neither the VAE .* nor the model says how it is built"):
+            loaded("bare", vae)
+    morpher = Morpher.from_pretrained(tmp_path / "bare", device="cpu", vae=tmp_path / "vae")
+    quick: dict[str, Any] = {"num_frames": 2, "fit": FitConfig(rank=2, steps=1), "sample": SampleConfig(steps=1)}
+    assert len(morpher(PICTURES, "a house", size=(32, 32), **quick).frames) == 2
+
+
+OLD = {"decoder.conv_in.weight": torch.zeros(8, 4, 3, 3)}
+
+
+def own(vae: Any) -> str:
+    """Its configuration without where it came from."""
+    return json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)

@@ -86,10 +86,12 @@ def _check_parts(folder: Path, parts: Mapping[str, Any]) -> None:
         )
 
 
-def _vae_config(place: str, parts: Mapping[str, Any]) -> str | Path:
-    """Where the configuration of a model's own autoencoder is: with the model, or the bundled one of its family."""
+def _vae_config(place: str, parts: Mapping[str, Any]) -> str | Path | None:
+    """Where the configuration of a model's own autoencoder is: with the model, or the bundled one of its family, if any."""
     if "vae" in parts and (not Path(place).is_dir() or (Path(place) / "vae" / "config.json").is_file()):
         return place
+    if "unet" not in parts:
+        return None
     return CONFIGS / ("sdxl" if "XL" in str(parts.get("_class_name")) else "sd1")
 
 

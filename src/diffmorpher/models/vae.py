@@ -17,11 +17,11 @@ from .families import FAMILIES
 from .single_file import Checkpoint, with_small_letters
 
 
-def load_vae(place: str, config: str | Path, dtype: torch.dtype) -> Any:
+def load_vae(place: str, config: str | Path | None, dtype: torch.dtype) -> Any:
     """The autoencoder of a folder (its own, or a whole model's) or of a .safetensors file, in diffusers' or the old layout.
 
-    A file alone does not say its scale; the model's does. config: a folder, or hub id, in which that is `vae/config.json`.
-    Raises `ModelError` for what is none.
+    A file alone does not say its class and scale; the model's does. config: a folder, or hub id, in which that is
+    `vae/config.json`; None where there is none. Raises `ModelError` for what is none.
     """
     path = Path(place).expanduser()
     try:
@@ -56,7 +56,7 @@ def _kind(folder: Path) -> Any:
     return getattr(diffusers, str(name), None) if str(name).startswith("Autoencoder") else None
 
 
-def _of_file(file: Path, config: str | Path, dtype: torch.dtype) -> Any:
+def _of_file(file: Path, config: str | Path | None, dtype: torch.dtype) -> Any:
     from diffusers import AutoencoderKL, AutoencoderTiny
 
     checkpoint = Checkpoint.read(file)
@@ -64,12 +64,17 @@ def _of_file(file: Path, config: str | Path, dtype: torch.dtype) -> Any:
     if "decoder.layers.0.weight" in keys and "encoder.layers.0.weight" in keys:  # TAESD's names in diffusers
         last = max(int(key.split(".")[2]) for key in keys if key.startswith("encoder.layers."))
         vae: Any = AutoencoderTiny(latent_channels=keys[f"encoder.layers.{last}.weight"][0])
-        vae.load_state_dict(load_file(file))
+        _fill(vae, file)
     elif "decoder.up_blocks.0.resnets.0.conv1.weight" in keys:
         kind = _kind(file.parent)
-        vae = kind.from_config(kind.load_config(file.parent)) if kind else _of_config(config)
-        vae.load_state_dict(load_file(file))
+        vae = kind.from_config(kind.load_config(file.parent)) if kind else _like_the_models(config, file)
+        _fill(vae, file)
     elif any(key.endswith("decoder.conv_in.weight") for key in keys):
+        if type(_like_the_models(config, file)) is not AutoencoderKL:
+            raise ModelError(
+                f"the VAE {file.name} is in a layout that is not read for this family: give one in diffusers' layout, "
+                "such as the folder that is called vae in the model."
+            )
         with with_small_letters(file) as name:
             vae = AutoencoderKL.from_single_file(
                 name, config=str(config), subfolder="vae", local_files_only=True, dtype=dtype
@@ -83,10 +88,26 @@ def _of_file(file: Path, config: str | Path, dtype: torch.dtype) -> Any:
     return torch.nn.Module.to(vae, dtype).eval()  # diffusers' own warns of layers that these have not
 
 
-def _of_config(config: str | Path) -> Any:
-    from diffusers import AutoencoderKL
+def _like_the_models(config: str | Path | None, file: Path) -> Any:
+    """An autoencoder with random weights, built as the model's own."""
+    import diffusers
 
-    return AutoencoderKL.from_config(AutoencoderKL.load_config(config, subfolder="vae"))
+    if config is None:
+        raise ModelError(
+            f"neither the VAE {file.name} nor the model says how it is built: give a folder with its config.json."
+        )
+    about = diffusers.AutoencoderKL.load_config(config, subfolder="vae")
+    return getattr(diffusers, about.get("_class_name", "AutoencoderKL")).from_config(about)
+
+
+def _fill(vae: Any, file: Path) -> None:
+    weights, wanted = load_file(file), vae.state_dict()
+    if other := next((k for k, w in wanted.items() if k not in weights or weights[k].shape != w.shape), None):
+        raise ModelError(
+            f"the VAE {file.name} {'has another shape of' if other in weights else 'lacks'} {other}: take another copy, "
+            "give one of this model's family, or the folder in which it has its config.json."
+        )
+    vae.load_state_dict(weights)
 
 
 @contextmanager

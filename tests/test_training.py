@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import io
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from PIL import Image
+from torch.testing import assert_close
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from conftest import ASSETS
@@ -27,7 +29,7 @@ from diffmorpher import Morpher
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # training/ is beside the package, not in it
 
-from training import data, flow  # noqa: E402
+from training import data, flow, tries  # noqa: E402
 from training.autoencoder import CONFIGS, build, fold_latent_statistics, psnr, reconstruct  # noqa: E402
 from training.diffusion import CONFIGS as DIFFUSION  # noqa: E402
 from training.diffusion import DiffusionTraining, build_tokenizer, token_ids, varied  # noqa: E402
@@ -368,6 +370,34 @@ def test_a_tokenizer_of_whole_words(tmp_path: Path) -> None:
         ids = token_ids(tokenizer, ["", "dog " * 99])
         assert ids.shape == (2, flow.MAX_TOKENS)
         assert ids[0].tolist() == [1, *[0] * (flow.MAX_TOKENS - 1)] and ids[1, -1] == 1
+
+
+def test_tries_differ_in_what_they_say(work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tries, "BASE", dataclasses.replace(DIFFUSION["tiny"], text_width=64))
+    for file in ("pictures.zip", "captions.jsonl"):
+        shutil.copy(work / file, tmp_path)
+    large = ("128-256-320", "64-128-192, text 128 x 3", "batches of 96")  # which are slow, and differ in numbers alone
+    found = {
+        name: tries.attempt(variant, tmp_path, 0.002, 0)
+        for name, variant in tries.VARIANTS.items()
+        if name not in large
+    }
+    base = next(iter(found.values()))
+    for name, result in found.items():
+        assert result["steps"] >= 1 and all(math.isfinite(error) for error in result["held out"].values()), name
+    assert found["two layers a block"]["parameters"] > base["parameters"]
+
+    kinds = [DiffusionTraining, tries.LogitNormal, tries.Unweighted, tries.Wide]
+    even, snr = (torch.arange(1000) + 0.5) / 1000, torch.tensor([0.01, 1.0, 100.0])
+    plain, middle, unweighted, wide = (kind.__new__(kind) for kind in kinds)
+    for part in (plain, middle):
+        part.abar, part.config = torch.zeros(1000), DIFFUSION["tiny"]
+    draw = torch.Generator()
+    assert 0.24 < (plain.times(even, draw) < 250).float().mean() < 0.26
+    assert (middle.times(even, draw) < 250).float().mean() == pytest.approx(0.136, abs=0.01)  # P(N < ln(1/3))
+    assert_close(plain.weight(snr), snr.clamp(max=5) / (snr + 1))
+    assert unweighted.weight(snr).tolist() == [1, 1, 1]
+    assert wide.autocast is False and plain.autocast is True
 
 
 @pytest.mark.gpu

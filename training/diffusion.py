@@ -292,6 +292,8 @@ class Captured:
 class DiffusionTraining(LatentTraining):
     """Text encoder and U-Net."""
 
+    autocast = True  # to bfloat16
+
     def __init__(
         self, config: DiffusionConfig, tokenizer: CLIPTokenizer, latent_shape: tuple[int, ...], device: torch.device
     ):
@@ -316,12 +318,15 @@ class DiffusionTraining(LatentTraining):
         abar = self.abar[t].view(-1, 1, 1, 1)
         noisy = abar.sqrt() * latents + (1 - abar).sqrt() * noise
         target = abar.sqrt() * noise - (1 - abar).sqrt() * latents
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
             embeddings = model["text"](*tokens).last_hidden_state
             predicted = model["unet"](noisy, t, embeddings).sample
-        snr = self.abar[t] / (1 - self.abar[t])
-        weight = snr.clamp(max=self.config.snr_limit) / (snr + 1)
+        weight = self.weight(self.abar[t] / (1 - self.abar[t]))
         return weight * (predicted.float() - target).square().mean((1, 2, 3))
+
+    def weight(self, snr: Tensor) -> Tensor:
+        """min-SNR's weight of the velocity's error (Hang et al. 2023, eq. 12)."""
+        return snr.clamp(max=self.config.snr_limit) / (snr + 1)
 
     def save(self, folder: Path) -> None:
         """The averaged weights, each network in its folder."""

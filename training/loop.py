@@ -49,6 +49,14 @@ class Limits:
         return cls(args.minutes, args.slice, args.steps, args.slim)
 
 
+def rate_at(fraction: float, peak: float, warmup: float = 0.02) -> float:
+    """The learning rate at a share of the budget: linear warm-up, then half a cosine down to a hundredth of the peak."""
+    if fraction < warmup:
+        return peak * max(fraction / warmup, 0.01)
+    done = (fraction - warmup) / (1 - warmup)
+    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
 class Run:
     """Training steps within a budget of wall-clock minutes, resumable in slices.
 
@@ -81,12 +89,8 @@ class Run:
             self.step / self.limits.steps if self.limits.steps else self.seconds / (60 * self.limits.minutes), 1.0
         )
 
-    def learning_rate(self, peak: float, warmup: float = 0.02) -> float:
-        """Linear warm-up, then half a cosine down to a hundredth of the peak."""
-        if self.fraction < warmup:
-            return peak * max(self.fraction / warmup, 0.01)
-        done = (self.fraction - warmup) / (1 - warmup)
-        return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+    def learning_rate(self, peak: float) -> float:
+        return rate_at(self.fraction, peak)
 
     def steps(self, log_every: int = 50) -> Iterator[int]:
         """Step numbers until the budget or the slice is spent; checkpoints and the log are written in between."""

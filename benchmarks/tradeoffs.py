@@ -42,7 +42,7 @@ class Variant:
     """inversion: the rule, None for the family's. blocks: attention is mixed in sites whose path has this in it."""
 
     name: str
-    fit: FitConfig
+    fit: FitConfig | None
     sample: SampleConfig
     schedule: ScheduleConfig
     inversion: Literal["plain", "uni"] | None = None
@@ -58,17 +58,25 @@ def variants() -> list[Variant]:
     """The paper's settings, the bundled model's, and between them what was tried."""
     fits = [
         FitConfig(steps=50, draws=2, learning_rate=1e-3, decay=True),
-        FitConfig(steps=23, draws=4, learning_rate=1e-3, decay=True),
+        FitConfig(steps=23, draws=4, learning_rate=3e-4, decay=True),
         FitConfig(steps=12, draws=8, learning_rate=6e-3, decay=True),
         FitConfig(steps=46, draws=1, learning_rate=2e-3, decay=True),
     ]
+    shares = [share for share in (0.0, 0.3, 0.6, 1.0) if share != FAST.attention_lambda]
     return [
         Variant("paper", PAPER_FIT, PAPER, TWO_PASS),
         Variant("insert", PAPER_FIT, PAPER, INSERT),
         Variant("insert, exact ends", PAPER_FIT, replace(PAPER, exact_ends=True), INSERT),
+        Variant("insert, fit to 0", replace(PAPER_FIT, decay=True), PAPER, INSERT),
         Variant("20 steps", PAPER_FIT, replace(PAPER, steps=20), INSERT),
         *(Variant(f"{steps} steps, exact", FAST_FIT, replace(FAST, steps=steps), INSERT) for steps in (50, 12, 8)),
         *(Variant(describe(fit), fit, FAST, INSERT) for fit in fits),
+        Variant("no LoRA", None, FAST, INSERT),
+        *(
+            Variant(f"attention_lambda {share}", FAST_FIT, replace(FAST, attention_lambda=share), INSERT)
+            for share in shares
+        ),
+        Variant("guidance_scale 2", FAST_FIT, replace(FAST, guidance_scale=2.0), INSERT),
         Variant("the bundled model's", FAST_FIT, FAST, INSERT),
     ]
 
@@ -105,7 +113,7 @@ def describe(fit: FitConfig) -> str:
 
 
 def run(
-    morpher: Morpher, size: tuple[int, int], pair: Pair, variant: Variant, loras: dict[FitConfig, Any]
+    morpher: Morpher, size: tuple[int, int], pair: Pair, variant: Variant, loras: dict[FitConfig | None, Any]
 ) -> dict[str, float]:
     """The figures of one pair's film, and its U-Net rows."""
     images = [fit_image(load_image(image), size) for image in pair.images]
@@ -115,11 +123,11 @@ def run(
     backbone.attention_sites = lambda: [site for site in sites if variant.blocks in f".{site.layer}"]
     fit, rows = variant.fit, morpher.backbone.unet_rows
     if fit not in loras:
-        loras[fit] = morpher.fit_all(images, pair.prompts, fit, size=size)
+        loras[fit] = morpher.fit_all(images, pair.prompts, fit, size=size) if fit else None
         rows = morpher.backbone.unet_rows
-    path = morpher.prepare(images, pair.prompts, loras[fit], steps=variant.sample.steps, size=size)
+    path = morpher.prepare(images, pair.prompts, loras[fit], fit=None, steps=variant.sample.steps, size=size)
     film = morpher.film(path, FRAMES, variant.sample, variant.schedule)
-    rows = morpher.backbone.unet_rows - rows + len(images) * 3 * fit.steps * fit.draws
+    rows = morpher.backbone.unet_rows - rows + (len(images) * 3 * fit.steps * fit.draws if fit else 0)
     distance = perceptual_distance(str(morpher.backbone.device))
     made = figures(to_pixels(film.frames), to_pixels([images[0], images[-1]]), distance)
     ends = path.sample([0, path.num_images - 1], replace(variant.sample, exact_ends=False), output="pt") * 2 - 1
@@ -162,11 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = given.size or morpher.working_size()
     tried = variants() if morpher.backbone.network_part == "unet" else flow_variants(morpher.spec)
     chosen = [v for v in tried if given.only is None or given.only in v.name]
+    if not chosen:
+        parser.error(f"no variant has {given.only!r} in its name; there are {', '.join(v.name for v in tried)}.")
     pairs = load_dataset("mini").take(given.pairs)[given.skip :]
     results: dict[str, list[dict[str, float]]] = {v.name: [] for v in chosen}
     with StageBars() as bars:
         for i, pair in enumerate(pairs):
-            loras: dict[FitConfig, Any] = {}
+            loras: dict[FitConfig | None, Any] = {}
             for j, variant in enumerate(chosen):
                 bars("runs", i * len(chosen) + j, len(pairs) * len(chosen))
                 results[variant.name].append(run(morpher, size, pair, variant, loras))

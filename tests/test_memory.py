@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import warnings
@@ -230,6 +231,13 @@ except Exception as error:
 def test_a_real_limit_of_memory(tmp_path: Path, room: int, end: str) -> None:
     script = tmp_path / "limited.py"
     script.write_text(LIMITED)
-    run = subprocess.run([sys.executable, str(script), str(room)], capture_output=True, text=True, timeout=600)
+    run = subprocess.run(
+        [sys.executable, str(script), str(room)],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1].startswith(end), run.stdout + run.stderr[-2000:]
     assert ("going on with" in run.stdout) == (room != 2000)

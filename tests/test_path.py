@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from conftest import tiny_pipeline
 from diffmorpher import Cancelled, FitConfig, Morpher, MorphPath, SampleConfig, ScheduleConfig, load_lora, save_lora
-from diffmorpher.errors import ConfigError, DiffMorpherError, LoraError, OutputError, PathFileError
+from diffmorpher.errors import ConfigError, DiffMorpherError, LoraError, ModelError, OutputError, PathFileError
 from diffmorpher.models.conditioning import Conditioning
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
@@ -344,8 +344,8 @@ def test_bad_counts_are_said_before_the_slow_part(morpher: Morpher) -> None:
         ({"images": PICTURES, "fit": "none"}, "'none'"),
         ({"images": PICTURES, "loras": ["a.safetensors"] * 2}, "2 LoRA files"),
         ({"images": PICTURES, "num_frames": 2}, "at least 3"),
-        ({"images": PICTURES[:2], "num_frames": 1}, "at least 2"),
-        ({"images": PICTURES[:2], "num_frames": 0}, "at least 2"),
+        ({"images": PICTURES[:2], "num_frames": 1}, "frames is 1, .* from 2"),
+        ({"images": PICTURES[:2], "num_frames": 0}, "frames is 0, .* from 2"),
         ({"images": PICTURES, "prompts": ["a", "b"]}, "2 prompts were given for 3 images"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -378,6 +378,12 @@ def test_bad_counts_are_said_before_the_slow_part(morpher: Morpher) -> None:
         ({"images": 5}, "at least two images"),
         ({"images": None}, "at least two images"),
         ({"num_frames": "4"}, "frames is '4'"),
+        ({"num_frames": 10**400}, "frames is 1000"),
+        ({"num_frames": 10**5000}, "frames is a number of thousands of digits"),
+        ({"size": (10**400, 64)}, "too large: a side can have 4096"),
+        ({"size": (10**5000, 64)}, "too large: a side can have 4096"),
+        ({"size": (-(10**5000), 64)}, "too small"),
+        ({"size": (64.5, 64)}, "must be two whole numbers"),
     ],
 )
 def test_other_types_are_named_before_the_slow_part(arguments: dict[str, Any], message: str, morpher: Morpher) -> None:
@@ -406,10 +412,18 @@ def test_other_types_in_other_calls(morpher: Morpher, path: MorphPath, tmp_path:
         (lambda: morpher.fit_all("cat.png"), "a list of images"),
         (lambda: morpher.prepare(PICTURES, seed=-1), "seed is -1"),
         (lambda: MorphPath.load(tmp_path / "a.morph", "mini"), "must be a Morpher"),
+        (lambda: Morpher.from_pretrained("mini", device="cpu", vae=3), "vae is 3"),
+        (lambda: Morpher.from_pretrained("mini", device="cpu", vae=""), "vae is ''"),
+        (lambda: Morpher.from_pretrained("mini", device="cpu", cache="x"), "cache is 'x'"),
+        (lambda: SampleConfig(guidance_scale=1e308), "guidance is 1e"),
+        (lambda: ScheduleConfig(stretch=(1e308,)), "stretch is 1e.*above 0 and at most 86400"),
+        (lambda: FitConfig(steps=10**14), "LoRA steps is 1"),
     ]
     for call, message in calls:
         with pytest.raises(ConfigError, match=message):
             call()
+    with pytest.raises(ModelError, match="'meta' is not usable here"):
+        Morpher.from_pretrained("mini", device="meta")
     for out in (None, 5, b"a.mp4"):
         with pytest.raises(OutputError, match="must be a path"):
             morpher.film(path, 3, SAMPLE).save(out)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from .config import FitConfig, SampleConfig, ScheduleConfig, check_prompts, is_real
 from .errors import ConfigError
+from .files.cache import Cache
 from .files.loras import Lora, load_lora
 from .settings import LIMITS, parse_focus, parse_weighted
 
@@ -28,6 +29,14 @@ def check(sample: Any = None, schedule: Any = None, progress: Any = None, write:
         if value is not None and not callable(value):
             raise ConfigError(f"{name} is {value!r}, but must be a function, or None.")
     LIMITS[""]["loop"].check(loop)
+
+
+def check_loading(vae: Any, cache: Any) -> None:
+    """Raise `ConfigError` for an autoencoder that is no path, and for a cache that is none."""
+    if vae is not None and (not isinstance(vae, (str, os.PathLike)) or not os.fspath(vae)):
+        raise ConfigError(f"vae is {vae!r:.100}, but must be a folder or a file, or None.")
+    if cache is not None and not isinstance(cache, Cache):
+        raise ConfigError(f"cache is {cache!r:.100}, but must be a Cache, or None.")
 
 
 def whole_seed(seed: Any) -> int:
@@ -91,8 +100,7 @@ def fit_config(fit: Any, recommended: FitConfig) -> FitConfig:
 
 def check_frames(num_frames: Any) -> None:
     """Raise `ConfigError` for what is no number of frames."""
-    if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 2:
-        raise ConfigError(f"frames is {num_frames!r}, but must be a whole number of at least 2.")
+    LIMITS[""]["frames"].check(num_frames)
 
 
 def one_each(prompts: Any, count: int) -> list[str]:

@@ -15,6 +15,8 @@ from .errors import ConfigError
 
 #: Frames of a film, and frames per second, where nothing else is asked for.
 NUM_FRAMES, FPS = 16, 8.0
+#: A day: of a film, or of a stretch of it.
+MAX_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Limits:
             return
         good = {bool: _is_bool, int: _is_int, float: is_real}.get(self.kind, _never)(value)
         if self.many or not (good and (self.kind is bool or self._within(value))):
-            raise ConfigError(f"{self.label} is {value!r}, but must be {self.allowed or self._described()}.")
+            raise ConfigError(f"{self.label} is {shown(value)}, but must be {self.allowed or self._described()}.")
 
     def _within(self, value: float) -> bool:
         low = self.low is None or (value > self.low if self.above else value >= self.low)
@@ -58,9 +60,19 @@ class Limits:
         if self.kind is bool:
             return "true or false"
         number = "a whole number" if self.kind is int else "a number"
-        if self.high is not None:
+        if self.high is not None and not self.above:
             return f"{number} from {self.low:g} to {self.high:g}"
+        if self.high is not None:
+            return f"{number} above {self.low:g} and at most {self.high:g}"
         return f"{number} {'above' if self.above else 'of at least'} {self.low:g}"
+
+
+def shown(value: Any) -> str:
+    """A value in an error: its `repr`, also where Python refuses to write so many digits."""
+    try:
+        return f"{value!r:.200}"
+    except ValueError:
+        return "a number of thousands of digits"
 
 
 def join_or(words: list[str]) -> str:
@@ -117,10 +129,10 @@ class FitConfig:
     """
 
     rank: int = setting(16, "LoRA rank", int, low=1, high=1024)
-    steps: int = setting(200, "LoRA steps", int, low=1)
+    steps: int = setting(200, "LoRA steps", int, low=1, high=100_000)
     learning_rate: float = setting(2e-4, "LoRA rate", low=0, above=True)
     weight_decay: float = setting(1e-2, "weight decay", low=0, allowed="0 or a number above")
-    draws: int = setting(1, "LoRA draws", int, low=1)
+    draws: int = setting(1, "LoRA draws", int, low=1, high=1024)
     decay: bool = setting(False, "LoRA decay", bool)
 
     def __post_init__(self) -> None:
@@ -161,7 +173,7 @@ class SampleConfig:
         "auto", "LoRA blend", str, choices=("auto", "factors", "product")
     )
     adain: bool = setting(True, "AdaIN", bool)
-    guidance_scale: float = setting(1.0, "guidance", low=1, allowed="a number of at least 1 (1 is off)")
+    guidance_scale: float = setting(1.0, "guidance", low=1, high=100, allowed="a number from 1, which is off, to 100")
     fix_lora: float | None = setting(
         *(None, "fixed LoRA mix"),
         low=0,
@@ -205,11 +217,11 @@ class ScheduleConfig:
 
     enabled: bool = setting(True, "rescheduling", bool)
     method: ScheduleMethod = setting("insert", "schedule", str, choices=_METHODS)
-    rounds: int = setting(2, "rounds", int, low=1)
-    spare: int = setting(2, "spare", int, low=0)
-    most: int = setting(60, "most", int, low=1)
+    rounds: int = setting(2, "rounds", int, low=1, high=100)
+    spare: int = setting(2, "spare", int, low=0, high=1000)
+    most: int = setting(60, "most", int, low=1, high=10_000)
     ease: Ease = setting("linear", "ease", str, choices=get_args(Ease))
-    stretch: tuple[float, ...] = setting((), "stretch", low=0, above=True, many=True)
+    stretch: tuple[float, ...] = setting((), "stretch", low=0, high=MAX_SECONDS, above=True, many=True)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stretch", numbers(self.stretch))

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor
 
 from .arguments import focus_points
+from .config import shown
 from .errors import ConfigError, ImageError
 from .files.focus import settled_focus
 from .files.pictures import ImageSource, fit_image, fit_opacity, load_image, on_white
 from .models.backbone import Backbone
-from .settings import SHAPES
+from .settings import MAX_SIDE, SHAPES, check_size
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,14 @@ def working_size(backbone: Backbone, own: tuple[int, int], size: Sequence[int] |
     try:
         width, height = map(index, size or own)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"the size is {size!r}, but must be two whole numbers, (width, height).") from error
+        raise ConfigError(f"the size is {shown(size)}, but must be two whole numbers, (width, height).") from error
+    check_size((width, height))
     for side in (width, height):
-        if not smallest <= side <= 4096 or side % factor:
-            near = min(4096, max(smallest, round(side / factor) * factor))
+        if not smallest <= side <= MAX_SIDE or side % factor:
+            near = min(MAX_SIDE, max(smallest, (side + factor // 2) // factor * factor))
             raise ConfigError(
                 f"the size {width}x{height} cannot be used: each side must be a multiple of {factor} "
-                f"from {smallest} to 4096; for {side} take {near}."
+                f"from {smallest} to {MAX_SIDE}; for {side} take {near}."
             )
     return width, height
 

@@ -18,6 +18,7 @@ from .arguments import (
     check,
     check_frames,
     check_images,
+    check_loading,
     check_pace,
     fit_config,
     name_each,
@@ -105,11 +106,14 @@ class Morpher:
         with an autoencoder in place of the model's own. Raises `ModelError`.
         """
         started = time.perf_counter()
+        check_loading(vae, cache)
         on = choose_device(device)
-        pipe, spec = load_pipeline(str(model), on, dtype, low_memory, prediction, os.fspath(vae) if vae else None)
+        pipe, spec = load_pipeline(
+            str(model), on, dtype, low_memory, prediction, None if vae is None else os.fspath(vae)
+        )
         morpher = cls(pipe, spec=spec, name=bare_name(str(model)), low_memory=low_memory, tf32=tf32, cache=cache)
         morpher._asked |= {"prediction": prediction} if prediction else {}
-        morpher._asked |= {"vae": Path(vae).name} if vae else {}
+        morpher._asked |= {} if vae is None else {"vae": Path(vae).name}
         morpher.load_seconds = time.perf_counter() - started
         return morpher
 

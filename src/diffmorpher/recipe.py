@@ -112,6 +112,9 @@ class Recipe:
                     object.__setattr__(self, name, getattr(own, name))
         for name, limits in LIMITS[""].items():
             limits.check(getattr(self, name))
+        for name in ("model", "vae", "audio", "device", "dtype"):
+            if (value := getattr(self, name)) == "" or "\0" in str(value):
+                raise ConfigError(f"{name} is {value!r:.100}, but must be a name.")
         for name, config in CONFIGS.items():
             if not isinstance(getattr(self, name), config) and (name, getattr(self, name)) != ("fit", None):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but must be a {config.__name__}.")

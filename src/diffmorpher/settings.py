@@ -10,13 +10,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .config import FitConfig, Limits, SampleConfig, ScheduleConfig, limits_of
+from .config import MAX_SECONDS, FitConfig, Limits, SampleConfig, ScheduleConfig, limits_of, shown
 from .errors import ConfigError
 from .files.pictures import MIN_SIDE
 from .files.playback import Playback
 
 #: An hour at 24 frames per second; gif and webp hold them all in memory.
 MAX_FRAMES = 86_400
+
+#: Pixels on a side of a frame.
+MAX_SIDE = 4096
 
 #: Of a LoRA: far beyond what leaves a picture.
 MAX_WEIGHT = 100
@@ -29,7 +32,12 @@ CONFIGS: dict[str, type] = {"fit": FitConfig, "sample": SampleConfig, "schedule"
 LIMITS: dict[str, dict[str, Limits]] = {section: limits_of(config) for section, config in CONFIGS.items()} | {
     "": {
         "frames": Limits("frames", int, 2, MAX_FRAMES, allowed=f"a whole number from 2 to {MAX_FRAMES}"),
-        "seconds": Limits("the length", low=0, above=True, optional=True, allowed="a number of seconds above 0"),
+        "seconds": Limits(
+            *("the length", float, 0, MAX_SECONDS),
+            above=True,
+            optional=True,
+            allowed=f"a number of seconds above 0 and at most {MAX_SECONDS}",
+        ),
         **limits_of(Playback),
         "loop": Limits("loop", bool),
         "beat": Limits("beat", bool),
@@ -315,10 +323,12 @@ def check_size(size: Sequence[int] | str) -> tuple[int, int] | str:
         or len(size) != 2
         or not all(isinstance(side, int) and not isinstance(side, bool) for side in size)
     ):
-        raise ConfigError(f"the size is {size!r}, but must be two whole numbers, (width, height).")
+        raise ConfigError(f"the size is {shown(size)}, but must be two whole numbers, (width, height).")
     width, height = size
     if min(size) < MIN_SIDE:
-        raise ConfigError(f"the size {width}x{height} is too small: give at least {MIN_SIDE}x{MIN_SIDE}.")
+        raise ConfigError(f"the size {shown(width)}x{shown(height)} is too small: give at least {MIN_SIDE}x{MIN_SIDE}.")
+    if max(size) > MAX_SIDE:
+        raise ConfigError(f"the size {shown(size)} is too large: a side can have {MAX_SIDE} pixels.")
     return width, height
 
 

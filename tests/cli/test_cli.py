@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import pickle
@@ -330,11 +331,38 @@ def bad(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.new("RGB", (64, 64), (i, 0, 0)).save(folder / "fr" / f"frame_{i:04d}.png")
     (folder / "model" / "unet").mkdir(parents=True)
     (folder / "model" / "unet" / "a.bin").write_text("weights")
+    (folder / "model" / "model_index.json").write_text("{}")
     (folder / "picture.safetensors").write_bytes(whole)
     (folder / "loop.mp4").symlink_to("loop.mp4")
     with wave.open(str(folder / "song.wav"), "wb") as song:
         song.setparams((1, 2, 8000, 0, "NONE", ""))
         song.writeframes(bytes(8000))
+    os.mkfifo(folder / "pipe.toml")
+    os.mkfifo(folder / "pipe.mp4")
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "k").mkdir()
+    (folder / "k" / "keyframes.json").write_text('{"mine": 1}')
+    films = {
+        "absolute": [str(folder / "elsewhere.mp4")],
+        "upwards": ["a/../../x.mp4"],
+        "frame": ["fo", "fo/frame_0001.png"],
+        "in-a-file": ["q.mp4", "q.mp4/r.mp4"],
+    }
+    for name, outs in films.items():
+        tables = [f'[[film]]\npictures = [{PEAR!r}, {ROSE!r}]\nout = "{out}"\n' for out in outs]
+        (folder / f"{name}.toml").write_text("".join(tables))
+    (folder / "size.csv").write_text(f"image_0,image_1,size\n{PEAR},{ROSE},999999999x64\n")
+    (folder / "null.toml").write_text('pictures = ["a.png", "b.png"]\nmodel = "a\\u0000b"\n')
+    (folder / "dots.toml").write_text(".".join("a" * 40_000) + " = 1\n")
+    (folder / "votes.json").write_text(
+        json.dumps(
+            {
+                "key": base64.b64encode(json.dumps([{"left": "votes against", "right": "x"}]).encode()).decode(),
+                "votes": [{"trial": 0, "choice": "left"}],
+            }
+        )
+    )
+    (folder / "pairs.jsonl").write_text(json.dumps({"image_0": PEAR, "image_1": ROSE, "name": "results.json"}))
     (folder / "results.csv").write_text("image_0,image_1\ntext.png,dot.png\n")
     return folder
 
@@ -442,6 +470,46 @@ BAD_INPUT: dict[str, tuple[str, str]] = {
     "bench over its data": ("bench {bad}/results.csv --methods ddim -o {bad}", "is the data set"),
     "bench into a file": ("bench mini --methods ddim -o {bad}/text.png", "text.png"),
     "study over results": ("study {bad} -o {bad}/results.csv", "must end in .html"),
+    "path as a frame": ("morph {pear} {rose} -o fr --save-path fr/frame_0000.png", "among the frames of another"),
+    "path as the keyframes": (
+        "morph {pear} {rose} --keyframes k --stills 2 --save-path k/keyframes.json",
+        "asked for twice",
+    ),
+    "recipe in the film": ("morph {pear} {rose} --save-recipe film.mp4/r.toml", "which is to be a file"),
+    "frames in the film": ("morph {pear} {rose} --save-frames film.mp4/frames", "which is to be a file"),
+    "keyframes in the film": ("morph {pear} {rose} --keyframes film.mp4/k", "which is to be a file"),
+    "film in the path": ("morph {pear} {rose} -o new/film.mp4 --save-path new", "which is to be a file"),
+    "keyframes over others": ("morph {pear} {rose} --keyframes {bad}/k", "keyframes.json' is there, and not from this"),
+    "a name of 300 letters": (f"morph {{pear}} {{rose}} -o new/{'n' * 300}/x.mp4", "is too long"),
+    "a path of 300 letters": (f"morph {{pear}} {{rose}} --save-path new/{'n' * 300}", "is too long"),
+    "batch elsewhere": ("morph --from {bad}/absolute.toml -o films", "is not in the batch's folder"),
+    "batch upwards": ("morph --from {bad}/upwards.toml -o films", "is not in the batch's folder"),
+    "batch upwards of here": ("morph --from {bad}/upwards.toml -o .", "is not in the batch's folder"),
+    "batch over its frames": ("morph --from {bad}/frame.toml -o films", "among the frames of another"),
+    "batch in its film": ("morph --from {bad}/in-a-file.toml -o films", "which is to be a file"),
+    # more numbers
+    "batch size beyond all": ("morph --from {bad}/size.csv -o films", "is too large"),
+    "seconds beyond all": ("morph {pear} {rose} --seconds 1e308", "at most 86400"),
+    "stretch beyond all": ("morph {pear} {rose} --stretch 1e308", "at most 86400"),
+    "guidance beyond all": ("morph {pear} {rose} --guidance 1e308", "to 100"),
+    "LoRA steps beyond all": ("morph {pear} {rose} --lora-steps 99999999999999", "to 100000"),
+    "frames of bench beyond all": ("bench mini --methods dissolve --frames 99999999999 -o o", "frames is 99999999999"),
+    # what is no file, or takes for ever
+    "a pipe as recipe": ("morph --from {bad}/pipe.toml -o o.mp4", "no plain file"),
+    "a pipe as film": ("morph --from {bad}/pipe.mp4 -o o.mp4", "no plain file"),
+    "a pipe as picture": ("morph {bad}/pipe.mp4 {rose}", "no plain file"),
+    "a pipe as votes": ("study --tally {bad}/pipe.jsonl", "no file of votes"),
+    "a pipe as results": ("compare {bad}/pipe.jsonl {bad}/pipe.jsonl", "no results.json"),
+    "a key without an end": ("morph --from {bad}/dots.toml -o o.mp4", "more than 64 parts"),
+    "votes for what is counted": ("study --tally {bad}/votes.json", "no file of votes"),
+    "a pair named as a file": ("bench {bad}/pairs.jsonl --methods dissolve -o o", "'results.json'"),
+    # names
+    "a model with a NUL": ("morph --from {bad}/null.toml -o o.mp4", "must be a name"),
+    "a model of 5000 letters": (f"morph {{pear}} {{rose}} --model {'m' * 5000}", "is not known"),
+    "the whole disk as model": ("morph {pear} {rose} --model /", "holds no model_index.json"),
+    "serve from a file": ("serve --port 18473 --data {bad}/text.png", "is not a folder"),
+    "serve from /proc": ("serve --port 18473 --data /proc/x", "takes no files"),
+    "serve from an address": ("serve --port 18473 --data http://x/y", "is an address"),
     "demo into a file": ("demo --out {bad}/text.png", "text.png"),
 }
 
@@ -606,6 +674,13 @@ def test_help_into_head(tmp_path: Path) -> None:
     for _ in range(3):
         done = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_python_without_texts_is_said(tmp_path: Path) -> None:
+    command = [sys.executable, "-OO", "-m", "diffmorpher", "morph", PEAR, ROSE, "-o", "film.mp4", *SMALL]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "start it without" in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_prompt_that_is_no_utf_8_is_said(tmp_path: Path) -> None:

@@ -59,6 +59,35 @@ def test_a_pipe_or_device_is_not_replaced(tmp_path: Path) -> None:
             check_output(tmp_path / name)
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no umask")
+def test_files_that_nobody_can_write_to_are_said_before_and_leave_nothing(tmp_path: Path) -> None:
+    """With umask 777, to whoever is not root; a child process, as root may give up being it."""
+    script = (
+        "import os, sys\n"
+        "from diffmorpher.errors import OutputError\n"
+        "from diffmorpher.files.atomic import temporary\n"
+        "from diffmorpher.files.places import check_place\n"
+        "from pathlib import Path\n"
+        "if os.geteuid() == 0: os.setgid(65534), os.setuid(65534)\n"
+        "os.umask(0o777)\n"
+        "try: check_place('a.mp4')\n"
+        "except OutputError as error: print(error)\n"
+        "for is_folder in (False, True):\n"
+        "    try:\n"
+        "        with temporary(Path('.'), is_folder=is_folder): pass\n"
+        "    except PermissionError: print('no right')\n"
+    )
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents:  # pytest's own, which others may not enter
+        if folder != Path(folder.anchor) and folder.owner() == tmp_path.owner() and folder.name.startswith("pytest"):
+            folder.chmod(0o755)
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    if "ModuleNotFoundError" in done.stderr or "Permission denied: '/" in done.stderr:
+        pytest.skip("another user may not read this Python")
+    assert "no right to be written; set another umask" in done.stdout, done.stderr
+    assert done.stdout.count("no right\n") == 2 and names(tmp_path) == []
+
+
 def test_a_colon_in_a_path_is_no_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for out in ("10:30/film.mp4", "pipe:1/film.mp4", "a:b.mp4", "a:b.webm", "a:b.mov", "a:b.mkv"):

@@ -26,10 +26,11 @@ from PIL import Image
 
 from conftest import ASSETS, tiny_pipeline
 from diffmorpher import FitConfig, Morpher, Recipe, SampleConfig
+from diffmorpher.errors import ConfigError
 from diffmorpher.gather import gather
 from diffmorpher.models.catalog import CATALOG
 from diffmorpher.web.line import Line
-from diffmorpher.web.service import MAX_BODY, build, safe_name
+from diffmorpher.web.service import MAX_BODY, build, safe_name, serve
 from diffmorpher.web.store import ENDED, MAX_TRIES, Full, Store
 from diffmorpher.web.worker import Worker
 
@@ -88,6 +89,7 @@ def test_what_was_left_undone_waits_again_in_its_old_place(store: Store, tmp_pat
     store.cancel(keys[1])
     assert store.progress(keys[1], "fit", 1, 2) is True and store.progress(keys[0], "fit", 1, 2) is False
     (tmp_path / "data" / "jobs" / "half-written").mkdir()
+    store.close()
     again = Store(tmp_path / "data")
     assert states(again) == ["waiting", "cancelled", "waiting"]
     assert not (tmp_path / "data" / "jobs" / "half-written").exists()
@@ -97,6 +99,7 @@ def test_what_was_left_undone_waits_again_in_its_old_place(store: Store, tmp_pat
 
 def test_what_ends_the_server_is_not_begun_for_ever(store: Store, tmp_path: Path) -> None:
     (key,) = added(store, 1)
+    store.close()
     for _ in range(MAX_TRIES):
         again = Store(tmp_path / "data")
         assert begun(again) == key
@@ -104,6 +107,27 @@ def test_what_ends_the_server_is_not_begun_for_ever(store: Store, tmp_path: Path
     last = Store(tmp_path / "data")
     assert states(last) == ["failed"] and "ended 3 times" in last.last()[0].error
     last.close()
+
+
+def test_a_second_server_leaves_the_first_ones_jobs_alone(store: Store, tmp_path: Path) -> None:
+    keys = added(store, 2)
+    begun(store)
+    (store.folder("being-filled")).mkdir()
+    for _ in range(MAX_TRIES):
+        with pytest.raises(ConfigError, match="another server is at work in .*data': stop it"):
+            Store(tmp_path / "data")
+    assert states(store) == ["running", "waiting"] and store.folder("being-filled").is_dir()
+    store.end(keys[0], "done")
+
+
+def test_what_is_no_table_of_jobs_is_said(tmp_path: Path) -> None:
+    for name, make in (("text", lambda file: file.write_text("mine\n" * 99)), ("folder", Path.mkdir)):
+        (tmp_path / name).mkdir()
+        make(tmp_path / name / "jobs.sqlite")
+        for _ in range(2):  # and the folder can be used again at once
+            with pytest.raises(ConfigError, match="jobs.sqlite' is no table of jobs"):
+                Store(tmp_path / name)
+    assert (tmp_path / "text" / "jobs.sqlite").read_text() == "mine\n" * 99
 
 
 def test_old_jobs_go_with_their_files_and_others_stay(store: Store) -> None:
@@ -228,10 +252,20 @@ def test_pacing_and_framing_are_the_library_s(client: TestClient, store: Store, 
         ({"frame": 3}, "did you mean frames"),
         ({"model": "no-such-model"}, "no-such-model"),
         ([], "must be an object"),
+        ("[" * 100_000, "are no JSON"),
+        ('{"a":' * 100_000, "are no JSON"),
+        ({"stretch": "1e308"}, "at most 86400"),
+        ({"stretch": [1e308]}, "at most 86400"),
+        ({"seconds": 1e308}, "at most 86400"),
+        ({"lora": "/etc/passwd"}, "does not take 'lora'; it takes model, frames"),
+        ({"vae": "/etc/passwd"}, "does not take 'vae'"),
+        ({"batch_size": 1e308}, "does not take 'batch_size'"),
     ],
+    ids=lambda value: str(value)[:20],
 )
 def test_what_cannot_work_is_said_at_once(client: TestClient, settings: Any, said: str) -> None:
-    answer = client.post("/jobs", files=PICTURES, data={"settings": json.dumps(settings)})
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    answer = client.post("/jobs", files=PICTURES, data={"settings": text})
     assert answer.status_code == 400 and said in answer.json()["detail"]
     assert client.get("/jobs").json() == []
 
@@ -251,6 +285,8 @@ def test_pictures_are_checked(client: TestClient, store: Store) -> None:
 def test_names_of_pictures_cannot_lead_elsewhere() -> None:
     assert safe_name("../../etc/passwd") == "passwd" and safe_name("C:\\a\\b c.png") == "b_c.png"
     assert safe_name("..") == "picture" and safe_name("") == "picture" and len(safe_name("x" * 300)) == 80
+    long = safe_name("\U00020000" * 80 + ".png")
+    assert len(long.encode()) <= 80 and long.endswith("\U00020000.png")
 
 
 def test_cancel_stops_what_runs_and_what_waits(
@@ -299,6 +335,28 @@ def test_a_request_without_a_length_or_too_long_is_not_read(store: Store) -> Non
 def test_the_documentation_of_the_service_names_what_it_takes(store: Store) -> None:
     paths = TestClient(build(store)).get("/openapi.json").json()["paths"]
     assert set(paths) == {"/health", "/jobs", "/jobs/{key}", "/jobs/{key}/events", "/jobs/{key}/{name}"}
+
+
+def test_where_nothing_can_be_served_is_said_before_anything_is_begun(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for host, port, token, said in (
+            ("127.0.0.1", taken.getsockname()[1], None, "nothing can be served at 127.0.0.1:.* already in use"),
+            ("nohost.invalid", 8000, "secret", "nothing can be served at nohost.invalid:8000"),
+            ("0.0.0.0", 8000, None, "set a token"),
+            ("127.0.0.1", 8000, "t\u00f6k", "not every program can send"),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                serve(tmp_path / "jobs", host, port, token)
+    assert not (tmp_path / "jobs").exists()
+
+
+def test_a_second_serve_ends_before_it_touches_anything(tmp_path: Path) -> None:
+    with Server(tmp_path / "data", tmp_path) as server:
+        command = [sys.executable, "-m", "diffmorpher", "serve", "--data", str(tmp_path / "data"), "--port"]
+        for port in (server.port, server.port + 1):
+            done = subprocess.run([*command, str(port)], capture_output=True, text=True, timeout=60)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert ("already in use" if port == server.port else "another server is at work") in done.stderr
 
 
 # ---- a server that is killed

@@ -368,6 +368,8 @@ def _explain(error: Exception) -> tuple[str, int]:
             if repr(problem["input"]) not in message:
                 message += f", not {problem['input']!r}"
         return f"{message}; see '{command} --help'.", 2
+    if sys.flags.optimize > 1 and isinstance(error, (ImportError, RuntimeError)):
+        return "Python's -OO (PYTHONOPTIMIZE=2) removes texts that transformers reads: start it without.", 2
     if isinstance(error, UserError):
         return str(error), 1 if isinstance(error, WriteError) else 2
     if isinstance(error, DiffMorpherError):

@@ -9,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DiffMorpherError, ImageError
-from ..files.films import FORMATS, check_output, read_settings, writes_over
+from ..errors import ConfigError, DiffMorpherError, ImageError, OutputError
+from ..files.films import FORMATS, check_apart, check_output, read_settings, writes_over
+from ..files.places import inside
 from ..gather import gather
 from ..models.catalog import check_model
 from ..progress import say
@@ -43,9 +44,10 @@ def run_batch(
     if folder is not None and folder.suffix.lower() in FORMATS:
         raise ConfigError(f"-o {str(folder)!r} is a film's name, but a batch needs a folder: leave the suffix out.")
     work = [_prepared(recipe, name, folder, f"film {i}") for i, (recipe, name) in enumerate(films, start=1)]
-    places = [os.path.realpath(out) for _, out in work]
-    if twice := next((out for _, out in work if places.count(os.path.realpath(out)) > 1), None):
-        raise ConfigError(f"two films of the batch go to {str(twice)!r}: give each an out of its own.")
+    try:
+        check_apart([(out, not out.suffix) for _, out in work])
+    except OutputError as error:
+        raise ConfigError(f"two films of the batch go to one place: {error}") from error
     inputs = [file for recipe, _ in work for files in inputs_of(recipe).values() for file in files]
     if over := next((out for _, out in work if any(writes_over(out, file) for file in inputs)), None):
         raise ConfigError(
@@ -121,6 +123,10 @@ def _on_ray(films: Sequence[Film], address: str, jobs: str) -> Iterator[tuple[Pa
 def _prepared(recipe: Recipe, name: str, folder: Path | None, which: str) -> tuple[Recipe, Path]:
     """A film's recipe with its files found, and where it goes."""
     out = (folder or Path()) / name
+    if Path(name).is_absolute() or not inside(os.path.abspath(out), os.path.abspath(folder or ".")):
+        raise ConfigError(
+            f"{which} of the batch: its output {name!r:.200} is not in the batch's folder: give a name, and -o for the folder."
+        )
     try:
         found, _ = gather(recipe)
         check_output(out)

@@ -75,11 +75,11 @@ def bench(
     from ..cluster.slots import choose_jobs
     from ..config import FitConfig
     from ..evaluation.bench import parse_shard, run_bench
-    from ..evaluation.datasets import load_dataset
+    from ..evaluation.datasets import OUTPUTS, load_dataset
     from ..evaluation.inception import load_inception
     from ..evaluation.methods import resolve_methods
     from ..evaluation.report import write_report
-    from ..evaluation.results import OUTPUTS, collect
+    from ..evaluation.results import collect
     from ..evaluation.worker import Settings
 
     _check_extra()

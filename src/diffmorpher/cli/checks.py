@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, OutputError
-from ..files.films import check_output, writes_over
+from ..files.films import check_apart, check_output, writes_over
+from ..files.keyframes import NAME, check_keyframes
 from ..files.places import check_place, same_place
 from ..models.catalog import CATALOG
 from ..recipe import Recipe
@@ -59,9 +60,16 @@ def check_outputs(
     for file in files:
         if file is not None:
             check_place(file)
-    for i, place in enumerate(outputs):
-        if any(same_place(place, other) for other in outputs[:i]):
-            raise OutputError(f"output {str(place)!r} is asked for twice: choose another name.")
+    stills = folders[1]
+    named = [] if stills is None else [stills / NAME]
+    if stills is not None:
+        check_keyframes(stills)
+    check_apart(
+        [
+            *((place, not place.suffix) for place in (out, *folders) if place is not None),
+            *((place, False) for place in (*files, *named) if place is not None),
+        ]
+    )
 
 
 def inputs_of(recipe: Recipe) -> dict[str, list[Path]]:
@@ -72,13 +80,16 @@ def inputs_of(recipe: Recipe) -> dict[str, list[Path]]:
         "a LoRA to be used": [Path(split_weight(each)[0]) for each in (*recipe.loras, *recipe.styles)],
         "the sound to be used": [Path(recipe.audio)] if recipe.audio else [],
         "the model to be used": models,
-        "the VAE to be used": _files_of(recipe.vae) if recipe.vae else [],
+        "the VAE to be used": _files_of(recipe.vae) if recipe.vae is not None else [],
     }
 
 
 def _files_of(model: str) -> list[Path]:
+    """The files of a model or an autoencoder; of a folder that is none, itself: it may be the whole disk."""
     place = Path(os.path.expanduser(model))
-    return [file for file in place.rglob("*") if file.is_file()] if place.is_dir() else [place]
+    if not any(os.path.isfile(place / index) for index in ("model_index.json", "config.json", "vae/config.json")):
+        return [place]
+    return [file for file in place.rglob("*") if file.is_file()]
 
 
 def check_inputs_stay(out: Path, inputs: Mapping[str, Sequence[Path]]) -> None:

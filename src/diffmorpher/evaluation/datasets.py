@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
+from ..files.places import is_plain
 from ..models.catalog import ASSETS
 
 _IMAGE = re.compile(r"image_(\d+)")
 _PROMPT = re.compile(r"prompt_(\d+)")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 _MANIFESTS = {".csv", ".jsonl"}
+#: What a run writes beside its pairs' folders.
+OUTPUTS = ("results.json", "results.csv", "report.html")
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,13 @@ def _read_prompts(folder: Path) -> dict[str, list[str]]:
     return prompts
 
 
+def read_text(file: Path) -> str:
+    """The text of a plain file: a pipe may never say anything. Raises `OSError`, `ValueError`."""
+    if not is_plain(file):
+        raise ValueError("it is no plain file, but a pipe or a device")
+    return file.read_text("utf-8")
+
+
 # ---- manifests
 
 
@@ -170,7 +180,7 @@ def _rows(file: Path) -> Iterable[Mapping[str, str]]:
         if file.suffix.lower() == ".csv":
             with file.open(newline="", encoding="utf-8-sig") as opened:
                 return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(opened)]
-        return [json.loads(line) for line in file.read_text("utf-8").splitlines() if line.strip()]
+        return [json.loads(line) for line in read_text(file).splitlines() if line.strip()]
     except (ValueError, csv.Error) as error:
         raise DataError(f"the manifest {str(file)!r} cannot be read: {error}.") from error
 
@@ -195,5 +205,7 @@ def _pair(manifest: Path, line: int, row: Mapping[str, str]) -> Pair:
         raise DataError(
             f"{where} has the name {name!r:.100}: at most 200 letters, digits, spaces, dots, dashes, as it becomes a folder."
         )
+    if name in OUTPUTS:
+        raise DataError(f"{where} has the name {name!r}, which is a file's of every run: give another.")
     prompts = tuple(row.get(f"prompt_{i}", "") for i in range(count))
     return Pair(name, row.get("category") or "all", images, prompts)

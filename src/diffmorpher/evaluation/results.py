@@ -21,15 +21,13 @@ from ..errors import DataError
 from ..files.atomic import replacing
 from ..files.pictures import fit_image, load_image
 from ..path import to_pixels
-from .datasets import Dataset, Pair
+from .datasets import Dataset, Pair, read_text
 from .inception import load_inception
 from .metrics import FIGURES, frechet_of_films
 from .statistics import bootstrap, paired_difference
 from .worker import Settings, finished, read_result
 
 ALL = "all"
-#: What a run writes into its folder, beside a folder for each pair.
-OUTPUTS = ("results.json", "results.csv", "report.html")
 
 
 def collect(
@@ -206,7 +204,7 @@ def read_results(file: Path) -> dict[str, Any]:
     """A results.json, or the folder that holds it. Raises `DataError`."""
     path = file / "results.json" if file.is_dir() else file
     try:
-        loaded: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        loaded: dict[str, Any] = json.loads(read_text(path))
         if not isinstance(loaded["protocol"], dict) or not isinstance(loaded["dataset"]["pairs"], dict):
             raise TypeError
         for result in loaded["results"]:

@@ -13,11 +13,14 @@ from typing import Any
 from ..errors import DataError
 from ..files.atomic import cannot_write, replacing
 from ..models.catalog import ASSETS
+from .datasets import read_text
 from .results import read_results
 from .statistics import binomial_interval
 
 #: Between the two methods in the name of a comparison.
 AGAINST = " against "
+#: What a tally says beside the methods' votes.
+COUNTED = ("votes", "equal", "share", "low", "high")
 
 
 def write_study(run: Path, methods: tuple[str, str], out: Path, seed: int = 0) -> Path:
@@ -97,7 +100,7 @@ def _film(file: Path) -> str:
 
 
 def _summary(count: dict[str, int]) -> dict[str, Any]:
-    first, second = (name for name in count if name != "equal")
+    first, second = (name for name in count if name not in COUNTED)
     decided = count[first] + count[second]
     low, high = binomial_interval(count[first], decided) if decided else (None, None)
     share = count[first] / decided if decided else None
@@ -106,7 +109,7 @@ def _summary(count: dict[str, int]) -> dict[str, Any]:
 
 def _read_votes(file: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
     try:
-        record = json.loads(file.read_text("utf-8"))
+        record = json.loads(read_text(file))
         key = json.loads(base64.b64decode(record["key"]))
         trials = [vote["trial"] for vote in record["votes"]]
         if len(set(trials)) != len(trials) or not all(type(trial) is int and 0 <= trial < len(key) for trial in trials):
@@ -114,7 +117,7 @@ def _read_votes(file: Path) -> tuple[dict[str, Any], list[dict[str, str]]]:
         for vote in record["votes"]:
             left, right = (key[vote["trial"]][side] for side in ("left", "right"))
             for method in (left, right):
-                if not isinstance(method, str) or method == "equal" or AGAINST in method:
+                if not isinstance(method, str) or method in COUNTED or AGAINST.strip() in method.split():
                     raise ValueError(method)
             if left == right or vote["choice"] not in ("left", "right", "equal"):
                 raise ValueError(vote)

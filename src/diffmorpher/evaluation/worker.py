@@ -25,6 +25,7 @@ from ..method.perceptual import perceptual_distance
 from ..models.catalog import CATALOG
 from ..morpher import Morpher
 from ..path import to_pil, to_pixels
+from ..settings import LIMITS
 from .datasets import Pair
 from .methods import Effort, clear_paths, resolve_methods, run_method
 from .metrics import figures, perceptual_features
@@ -59,6 +60,7 @@ class Settings:
             raise ConfigError("the methods of a benchmark are single names, each once.")
         if self.frames < 3:
             raise ConfigError(f"frames is {self.frames}, but the benchmark's figures need at least 3.")
+        LIMITS[""]["frames"].check(self.frames)
         SampleConfig(steps=self.steps)
 
     @property

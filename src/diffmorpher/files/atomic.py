@@ -107,7 +107,11 @@ def _new(folder: Path, is_folder: bool) -> tuple[Path, int | None]:
         if fcntl is None:
             return path, None
         with suppress(FileNotFoundError):  # another process may take it for a leftover before it is locked
-            lock = os.open(path, os.O_RDONLY)
+            try:
+                lock = os.open(path, os.O_RDONLY)
+            except PermissionError:  # umask 777
+                path.rmdir() if is_folder else path.unlink()
+                raise
             _locked(lock, fcntl.LOCK_EX)
             if path.exists() and os.path.samestat(os.fstat(lock), os.stat(path)):
                 return path, lock

@@ -23,7 +23,7 @@ from ..errors import ConfigError, ImageError, OutputError
 from .atomic import cannot_write, file_hash, replacing
 from .folders import FRAME_NAME, PNG_KEY, check_frames_are_ours, frame_files, png_info, save_folder, write_png
 from .pictures import READ_FORMATS, on_white
-from .places import check_place, same_place
+from .places import check_place, is_plain, same_place
 from .playback import Playback, Quality, played
 from .sound import read_sound
 from .video import CODECS, check_encoder, read_comment, write_video
@@ -95,6 +95,28 @@ def writes_over(out: PathLike, file: PathLike) -> bool:
     there = Path(file)
     in_folder = not Path(out).suffix and same_place(there.parent, out) and FRAME_NAME.fullmatch(there.name) is not None
     return same_place(out, file) or in_folder
+
+
+def check_apart(outputs: Sequence[tuple[PathLike, bool]]) -> None:
+    """Raise `OutputError` where one of these outputs would replace another, or lie in one that is a file.
+
+    outputs: each with whether it is a folder.
+    """
+    folders: dict[str, bool] = {}
+    for place, is_folder in outputs:
+        real = os.path.realpath(place)
+        if real in folders or (len(outputs) < 10 and any(same_place(place, other) for other in folders)):
+            raise OutputError(f"output {str(place)!r} is asked for twice: choose another name.")
+        folders[real] = is_folder
+    for place, _ in outputs:
+        real = os.path.realpath(place)
+        for other in map(str, Path(real).parents):
+            if folders.get(other) is False:
+                raise OutputError(
+                    f"output {str(place)!r} would be in {other!r}, which is to be a file: choose another."
+                )
+        if folders.get(os.path.dirname(real)) and FRAME_NAME.fullmatch(os.path.basename(real)):
+            raise OutputError(f"output {str(place)!r} would be among the frames of another: choose another name.")
 
 
 def save_film(
@@ -233,6 +255,8 @@ def read_settings(path: PathLike) -> dict[str, object] | None:
             if not frames:
                 return None
             file = frames[0]
+        if not is_plain(file):
+            raise ValueError("it is no plain file, but a pipe or a device")
         text = read_comment(file) if file.suffix.lower() in CODECS else _read_picture_comment(file)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"No settings can be read from {str(path)!r} ({error}): check the path.") from error

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..errors import OutputError
 from .atomic import replacing
 from .films import save_film
 
@@ -31,6 +32,19 @@ class Still:
     position: float
     time: float
     strength: float
+
+
+def check_keyframes(folder: str | os.PathLike[str]) -> None:
+    """Raise `OutputError` where a file of another's would be replaced."""
+    file = Path(folder, NAME)
+    if not os.path.lexists(file):
+        return
+    try:
+        ours = file.stat().st_size < 2**20 and {"stills", "ltx", "wan"} <= json.loads(file.read_text("utf-8")).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        ours = False
+    if not ours:
+        raise OutputError(f"{str(file)!r} is there, and not from this program: choose another folder.")
 
 
 def write_keyframes(

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFilter, ImageOps, UnidentifiedImageError
 
 from ..errors import ConfigError, ImageError
+from .places import is_plain
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]
 
@@ -57,6 +58,8 @@ def load_image(source: ImageSource, alpha: bool = False) -> Image.Image:
     try:
         if path.is_dir():
             raise ImageError(f"{what} is a folder: give the picture files in it one by one.")
+        if not is_plain(path):
+            raise ImageError(f"{what} is no plain file, but a pipe or a device: save it as a file first.")
         with path.open("rb") as file, warnings.catch_warnings():
             # Pillow warns from 89 megapixels on; the limit here is our own, and Pillow's is left as it is.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,8 @@ PathLike = str | os.PathLike[str]
 
 #: Addresses, whose two slashes `Path` makes one of. A folder may be called "10:30", and a drive "C:".
 _ADDRESS = re.compile(r"(https?|s?ftps?|file|s3|gs|ssh|rtmp):/", re.IGNORECASE)
+#: Of one name, and of a whole path with room for what is written in a folder, on the systems there are.
+MOST_BYTES, MOST_BYTES_IN_ALL = 255, 4000
 _MOST_LINKS = 40  # on the way from one symbolic link to the next, as Linux has it
 
 
@@ -57,6 +60,7 @@ def check_place(out: PathLike, *, folder: bool = False) -> Path:
             raise OutputError(f"{said} is a folder: give a file name in it, or another name.")
         if not folder and os.path.lexists(path) and not path.is_file():
             raise OutputError(f"{said} is no plain file, which could be written anew: give another name.")
+        _check_lengths(path, said)
         nearest = next(each for each in ([path, *path.parents] if folder else path.parents) if os.path.lexists(each))
         if not nearest.is_dir():
             raise OutputError(f"{said} cannot be created: {str(nearest)!r} is not a folder; choose another.")
@@ -71,13 +75,32 @@ def check_place(out: PathLike, *, folder: bool = False) -> Path:
 def _try(folder: Path, said: str) -> None:
     """Make a nameless file there: rights do not say that files can be made, as in /proc."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as made:
+            mode = os.fstat(made.fileno()).st_mode
     except OSError as error:
         reason = error.strerror or error
         raise OutputError(
             f"{said} cannot be written: {str(folder)!r} takes no files ({reason}); choose another."
         ) from error
+    if not mode & stat.S_IWUSR and getattr(os, "geteuid", int)() != 0:
+        raise OutputError(f"{said} cannot be written: new files get no right to be written; set another umask.")
+
+
+def _check_lengths(path: Path, said: str) -> None:
+    """Names and the path as a whole must be such as the system can have: what is not there yet says nothing of that."""
+    longest = max(len(os.fsencode(part)) for part in path.parts or ("",))
+    if longest > MOST_BYTES or len(os.fsencode(path.absolute())) > MOST_BYTES_IN_ALL:
+        raise OutputError(f"{said:.120} is too long: a name can have {MOST_BYTES} bytes, and all {MOST_BYTES_IN_ALL}.")
+
+
+def is_plain(path: PathLike) -> bool:
+    """Whether something that is there can be read as a file, and not as a pipe, which may never say anything."""
+    return not os.path.exists(path) or os.path.isfile(path)
+
+
+def inside(path: PathLike, folder: PathLike) -> bool:
+    """Whether it lies in that folder, at any depth, be they there or not."""
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def same_place(one: PathLike, other: PathLike) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,12 @@ import tomli_w
 from ..errors import ImageError, OutputError, RecipeError
 from .atomic import cannot_write, replacing
 from .films import FORMATS, read_settings
+from .places import is_plain
+
+#: Of a TOML file of recipes, and of a key in it.
+MAX_BYTES, MOST_DOTS = 4 * 2**20, 64
+_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'')
+_BETWEEN_KEYS = re.compile(r"[=,\[\]{}#\n]")
 
 
 def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -30,10 +37,14 @@ def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(os.path.expanduser(file))
     if not os.path.exists(path):
         raise RecipeError(f"the recipe {str(file)!r} does not exist: check the path.")
+    if not path.is_dir() and not is_plain(path):
+        raise RecipeError(
+            f"the recipe {str(file)!r} is no plain file, but a pipe or a device: save it as a file first."
+        )
     suffix = path.suffix.lower()
     try:
         if suffix == ".toml" and not path.is_dir():
-            return _films(path, tomllib.loads(path.read_text("utf-8-sig")))
+            return _films(path, tomllib.loads(_checked(path)))
         if suffix == ".csv" and not path.is_dir():
             with path.open(newline="", encoding="utf-8-sig") as opened:
                 return [_row(row) for row in csv.DictReader(opened) if any(row.values())]
@@ -52,6 +63,20 @@ def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
             f"{str(file)!r} holds no recipe: diffmorpher did not make it, or something removed its metadata."
         )
     return [settings]
+
+
+def _checked(path: Path) -> str:
+    """The text of a TOML file that can be parsed in a moment. Raises `ValueError`.
+
+    Python's parser takes time with the square of a dotted key's parts, and for each table with all that came before.
+    """
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
+    text = path.read_text("utf-8-sig")
+    for part in _BETWEEN_KEYS.split(_TEXTS.sub('""', text)):
+        if part.count(".") > MOST_DOTS:
+            raise ValueError(f"it has a key of more than {MOST_DOTS} parts: {part.strip():.40}...")
+    return text
 
 
 def write_document(file: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:

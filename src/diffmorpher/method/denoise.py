@@ -45,6 +45,9 @@ def denoise(
         rows = Between(
             torch.cat([rows.left, rows.left + batch]), torch.cat([rows.right, rows.right + batch]), rows.alpha.repeat(2)
         )
+    most_likely = (
+        "guidance is too strong" if config.guidance_scale > 20 else "a LoRA is too strong; lower the LoRA rate"
+    )
     told = config.guidance_scale if backbone.embeds_guidance else 1.0
     for level in range(len(schedule), 0, -1):
         replaced = schedule.replaces(config.attention_lambda, level)
@@ -65,7 +68,7 @@ def denoise(
             missing = trajectory[level - 1] - z[: trajectory.shape[1]]
             z = z + lerp(missing[between.left], missing[between.right], between.alpha)
         where = f"sample, step {len(schedule) - level + 1} of {len(schedule)}"
-        check_finite(z, "the latents", where, [backbone.network], "a LoRA is too strong; lower the LoRA rate")
+        check_finite(z, "the latents", where, [backbone.network], most_likely)
         if on_step:
             on_step()
     return z

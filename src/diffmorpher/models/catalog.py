@@ -204,6 +204,8 @@ def bare_name(model: str) -> str:
 
 def check_model(model: str) -> None:
     """Raise `ModelError` if `model` cannot be a model, without loading anything."""
+    if not model:
+        raise ModelError("the model has no name: give one, or leave it out.")
     path = Path(os.path.expanduser(model))
     if model in CATALOG or os.path.isfile(path / "model_index.json"):
         return
@@ -218,7 +220,7 @@ def check_model(model: str) -> None:
     if not _is_hub_id(model):
         close = difflib.get_close_matches(model, CATALOG, n=1)
         raise ModelError(
-            f"the model {model!r} is not known{f'; did you mean {close[0]!r}?' if close else ''}; "
+            f"the model {model!r:.100} is not known{f'; did you mean {close[0]!r}?' if close else ''}; "
             f"use one of {', '.join(CATALOG)}, a hub id such as owner/name, a folder or a .safetensors file."
         )
 

@@ -48,7 +48,7 @@ def choose_device(device: str | torch.device | None) -> torch.device:
         return default_device()
     try:
         chosen = torch.device(device)
-        torch.empty(1, device=chosen)
+        torch.empty(1, device=chosen).tolist()  # on "meta" nothing can be computed
     except Exception as error:
         raise ModelError(f"the device {str(device)!r} is not usable here; try {str(default_device())!r}.") from error
     return chosen

@@ -10,6 +10,8 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
+from socket import AI_PASSIVE, SOCK_STREAM, create_server, getaddrinfo
+from socket import socket as Socket
 from typing import Annotated, Any, Literal
 
 import uvicorn
@@ -17,18 +19,21 @@ from fastapi import Depends, FastAPI, File, Form, HTTPException, Request, Upload
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 
 from ..errors import ConfigError, UserError
+from ..files.places import check_place
 from ..models.catalog import check_model
 from ..progress import say
 from ..recipe import Recipe, film_name
 from .checks import MAX_PICTURE_BYTES, check_picture, of_pictures, with_pictures
 from .guard import BodyLimit
 from .jobs import Studio
-from .settings import MAX_PICTURES, chosen, different_names
+from .settings import MAX_PICTURES, NAMES, chosen, different_names
 from .store import Full, Store, StoredJob
 from .worker import RayWorker, Worker
 
 #: Bytes of one request: the pictures, and room for the rest.
 MAX_BODY = MAX_PICTURES * MAX_PICTURE_BYTES + 2**20
+#: Bytes of a picture's name.
+MAX_NAME = 80
 #: Seconds between looks at a job whose progress is followed.
 LOOK = 0.2
 #: What a finished job can be asked for.
@@ -41,7 +46,7 @@ def build(store: Store, token: str | None = None) -> FastAPI:
 
     def allowed(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
+        if token is not None and not hmac.compare_digest(given.encode("latin-1"), token.encode()):
             raise HTTPException(401, "give the token: Authorization: Bearer TOKEN.", {"www-authenticate": "Bearer"})
 
     def job(key: str) -> StoredJob:
@@ -116,11 +121,15 @@ def read_settings(text: str) -> Recipe:
     """The recipe that a client's settings ask for, within the page's limits. Raises `ConfigError`."""
     try:
         said = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"the settings are no JSON: {error}.") from error
     if not isinstance(said, dict):
         raise ConfigError(f"the settings are {text[:40]!r}, but must be an object of names and values.")
     Recipe().changed(**{name: None for name in said if name != "preset"})  # names what is not known
+    if unheard := next(
+        (name for name, value in said.items() if name not in NAMES and value not in (None, "", [])), None
+    ):
+        raise ConfigError(f"the service does not take {unheard!r}; it takes {', '.join(NAMES)}.")
     recipe = chosen(said)
     check_model(recipe.model)
     return recipe
@@ -128,7 +137,8 @@ def read_settings(text: str) -> Recipe:
 
 def safe_name(name: str) -> str:
     """A client's name for a picture as one that a file can have."""
-    return re.sub(r"[^\w.-]", "_", PurePath(name.replace("\\", "/")).name)[-80:].lstrip(".-") or "picture"
+    plain = re.sub(r"[^\w.-]", "_", PurePath(name.replace("\\", "/")).name)
+    return plain.encode()[-MAX_NAME:].decode(errors="ignore").lstrip(".-") or "picture"
 
 
 def fill(folder: Path, recipe: Recipe, names: Sequence[str], pictures: Sequence[UploadFile]) -> None:
@@ -168,9 +178,17 @@ def serve(
     """
     if host not in _LOCAL and not token:
         raise ConfigError("others can reach that --host: set a token in the environment as DIFFMORPHER_TOKEN first.")
+    if token is not None and not (token.isascii() and token.isprintable() and token == token.strip()):
+        raise ConfigError("DIFFMORPHER_TOKEN has signs that not every program can send: take plain letters and digits.")
+    check_place(root, folder=True)
+    socket = listening(host, port)
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises them again once it has stopped
         signal.signal(number, lambda *_: None)
-    store = Store(root)
+    try:
+        store = Store(root)
+    except BaseException:
+        socket.close()
+        raise
     app = build(store, token)
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2))
     studio = None
@@ -187,14 +205,27 @@ def serve(
         say(f"Films are made at {where}/jobs; {where}/docs says how to ask. Ctrl-C stops it.")
         if page is not None:
             say(f"The page is at {where}/page.")
-        server.run()
+        server.run(sockets=[socket])
     finally:
         worker.stop()
         store.close()
+        socket.close()
         if studio is not None:
             studio.close()
     if isinstance(worker, RayWorker) and worker.error is not None:
         raise worker.error
+
+
+def listening(host: str, port: int) -> Socket:
+    """A socket that others can connect to. Raises `ConfigError` where the port is taken, or is no one's to take."""
+    try:
+        family, _, _, _, address = getaddrinfo(host, port, type=SOCK_STREAM, flags=AI_PASSIVE)[0]
+        return create_server(address[:2], family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"nothing can be served at {host}:{port} ({reason}): give another --port or --host."
+        ) from error
 
 
 def mounted(app: FastAPI, folder: Path, token: str | None) -> Studio:

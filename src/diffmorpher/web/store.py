@@ -13,9 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from ..errors import DiffMorpherError
+from ..errors import ConfigError, DiffMorpherError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Jobs that may wait; hours that files of an ended one are kept; times that one is begun, for it may be what ends the server.
 LONGEST, KEPT_HOURS, MAX_TRIES = 1000, 24.0, 3
@@ -76,8 +81,25 @@ class StoredJob:
         return {name: value for name, value in asdict(self).items() if name not in hidden}
 
 
+def alone(root: Path) -> IO[bytes]:
+    """A file that is locked as long as it is open and its process lives. Raises `ConfigError` where another has it."""
+    file = (root / "lock").open("ab")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise ConfigError(f"another server is at work in {str(root)!r}: stop it, or give another folder.") from error
+    except OSError:  # a file system that has no locks
+        pass
+    return file
+
+
 class Store:
-    """The jobs under one folder, for one process at a time. What an earlier one left undone waits again."""
+    """The jobs under one folder, for one process at a time. What an earlier one left undone waits again.
+
+    Raises `ConfigError` where another is at work there, or the folder holds something else.
+    """
 
     def __init__(self, root: Path, longest: int = LONGEST) -> None:
         self.root, self._longest = root, longest
@@ -87,11 +109,18 @@ class Store:
         #: Is told of jobs that come and that are cancelled.
         self.changed: Callable[[str], None] = lambda key: None
         (root / "jobs").mkdir(parents=True, exist_ok=True)
-        self._base = sqlite3.connect(root / "jobs.sqlite", check_same_thread=False, isolation_level=None)
-        self._base.row_factory = sqlite3.Row
-        self._base.execute("pragma journal_mode = wal")
-        self._base.executescript(_TABLE)
-        self._recover()
+        self._alone = alone(root)
+        try:
+            self._base = sqlite3.connect(root / "jobs.sqlite", check_same_thread=False, isolation_level=None)
+            self._base.row_factory = sqlite3.Row
+            self._base.execute("pragma journal_mode = wal")
+            self._base.executescript(_TABLE)
+            self._recover()
+        except sqlite3.DatabaseError as error:
+            self._alone.close()
+            raise ConfigError(
+                f"{str(root / 'jobs.sqlite')!r} is no table of jobs ({error}): move it away, or give another folder."
+            ) from error
 
     def _recover(self) -> None:
         many = f"the server ended {MAX_TRIES} times while it was at work on this"
@@ -115,6 +144,7 @@ class Store:
         """Let go of the files."""
         with self._lock:
             self._base.close()
+        self._alone.close()
 
     # ---- whoever asks
 

@@ -157,7 +157,7 @@ def test_a_length_in_seconds_is_that_of_the_whole_film(
             {"schedule": ScheduleConfig(stretch=(1, 2)), "loop": True},
             "2 stretches were given for 3 pictures in a loop: give 3.",
         ),
-        ({"seconds": 1e6}, "frames is 8000000, but must be a whole number from 2 to 86400"),
+        ({"seconds": 8e4}, "frames is 640000, but must be a whole number from 2 to 86400"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(changes: dict[str, Any], said: str) -> None:

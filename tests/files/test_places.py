@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from diffmorpher.errors import OutputError, WriteError
 from diffmorpher.files import folders
 from diffmorpher.files.atomic import cannot_write, replacing, temporary
-from diffmorpher.files.films import check_output, read_settings, save_film
+from diffmorpher.files.films import check_apart, check_output, first_over, read_settings, save_film, writes_over
 from diffmorpher.files.places import check_place, expanded, landing, same_place
 
 
@@ -23,6 +24,26 @@ def frames(count: int = 3, colour: str = "red") -> list[Image.Image]:
 
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
+
+
+def test_the_first_output_over_an_input(tmp_path: Path) -> None:
+    """As one by one, in a moment for thousands."""
+    (tmp_path / "fr").mkdir()
+    files = [tmp_path / "a.png", tmp_path / "fr" / "frame_0003.png", tmp_path / "gone.png"]
+    for file in files[:2]:
+        file.write_text("")
+    os.link(files[0], tmp_path / "hard.png")
+    (tmp_path / "soft.png").symlink_to("a.png")
+    (tmp_path / "other").symlink_to("fr")
+    cases = ["a.png", "hard.png", "soft.png", "gone.png", "fr", "other", "b.png", "fr.mp4", "fr/frame_0004.png", "new"]
+    for name in cases:
+        out = tmp_path / name
+        assert (first_over([tmp_path / "x.mp4", out], files) == out) == any(writes_over(out, file) for file in files)
+    began = time.perf_counter()
+    many = [tmp_path / f"{i}.mp4" for i in range(2000)]
+    assert first_over(many, [tmp_path / f"{i}.png" for i in range(4000)]) is None
+    check_apart([(out, False) for out in many])
+    assert time.perf_counter() - began < 5
 
 
 # ---- places that cannot work

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DiffMorpherError, ImageError, OutputError
-from ..files.films import FORMATS, check_apart, check_output, read_settings, writes_over
+from ..files.films import FORMATS, check_apart, check_output, first_over, read_settings
 from ..files.places import inside
 from ..gather import gather
 from ..models.catalog import check_model
@@ -49,7 +49,7 @@ def run_batch(
     except OutputError as error:
         raise ConfigError(f"two films of the batch go to one place: {error}") from error
     inputs = [file for recipe, _ in work for files in inputs_of(recipe).values() for file in files]
-    if over := next((out for _, out in work if any(writes_over(out, file) for file in inputs)), None):
+    if over := first_over([out for _, out in work], inputs):
         raise ConfigError(
             f"output {str(over)!r} writes over a file that a film of the batch is made from: choose another."
         )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -95,6 +96,30 @@ def writes_over(out: PathLike, file: PathLike) -> bool:
     there = Path(file)
     in_folder = not Path(out).suffix and same_place(there.parent, out) and FRAME_NAME.fullmatch(there.name) is not None
     return same_place(out, file) or in_folder
+
+
+def first_over(outs: Sequence[PathLike], files: Iterable[PathLike]) -> PathLike | None:
+    """The first output that `writes_over` one of the files; quick also where there are thousands of both."""
+    reals: set[object] = set()
+    frames_in = set()
+    for file in files:
+        reals |= _identity(file)
+        if FRAME_NAME.fullmatch(Path(file).name):
+            frames_in |= _identity(Path(file).parent)
+    for out in outs:
+        mine = _identity(out)
+        if mine & reals or (not Path(out).suffix and mine & frames_in):
+            return out
+    return None
+
+
+def _identity(place: PathLike) -> set[object]:
+    """What a file or folder is known by: its real path, and what the disk calls it."""
+    found: set[object] = {os.path.realpath(place)}
+    with suppress(OSError):
+        about = os.stat(place)
+        found.add((about.st_dev, about.st_ino))
+    return found
 
 
 def check_apart(outputs: Sequence[tuple[PathLike, bool]]) -> None:

@@ -14,7 +14,8 @@ from PIL import Image
 from diffmorpher.errors import OutputError, WriteError
 from diffmorpher.files import folders
 from diffmorpher.files.atomic import cannot_write, replacing, temporary
-from diffmorpher.files.films import check_apart, check_output, first_over, read_settings, save_film, writes_over
+from diffmorpher.files.clashes import check_apart, first_over, writes_over
+from diffmorpher.files.films import check_output, read_settings, save_film
 from diffmorpher.files.places import check_place, expanded, landing, same_place
 
 

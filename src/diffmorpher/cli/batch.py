@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DiffMorpherError, ImageError, OutputError
-from ..files.films import FORMATS, check_apart, check_output, first_over, read_settings
+from ..files.clashes import check_apart, first_over
+from ..files.films import FORMATS, check_output, read_settings
 from ..files.places import inside
 from ..gather import gather
 from ..models.catalog import check_model

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError, OutputError
-from ..files.films import check_apart, check_output, writes_over
+from ..files.clashes import check_apart, writes_over
+from ..files.films import check_output
 from ..files.keyframes import NAME, check_keyframes
 from ..files.places import check_place, same_place
 from ..models.catalog import CATALOG

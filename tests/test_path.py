@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -429,6 +430,26 @@ def test_other_types_in_other_calls(morpher: Morpher, path: MorphPath, tmp_path:
             morpher.film(path, 3, SAMPLE).save(out)  # type: ignore[arg-type]
     with pytest.raises(LoraError, match="must be a path"):
         load_lora(5)  # type: ignore[arg-type]
+    (tmp_path / "cat.png").write_bytes(b"a picture")
+    for bad, said in ((None, "must be a path"), ("\0", "must be a path"), (tmp_path / "cat.png", "call it .morph")):
+        with pytest.raises(OutputError, match=said):
+            path.save(bad)  # type: ignore[arg-type]
+    assert (tmp_path / "cat.png").read_bytes() == b"a picture"
+    lora = morpher.fit(PICTURES[0], "a", FitConfig(rank=2, steps=1))
+    for bad in (None, "\0"):
+        with pytest.raises(OutputError, match="must be a path"):
+            save_lora(lora, bad)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="must be a Lora"):
+        save_lora(None, tmp_path / "o.safetensors")  # type: ignore[arg-type]
+
+
+def test_files_have_the_rights_that_the_umask_leaves(path: MorphPath, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path.save(tmp_path / "a.morph")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.morph").stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("prompts", [None, [], (), "", [None, None], [""]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffmorpher import FitConfig, Recipe, SampleConfig, ScheduleConfig
+from diffmorpher.cli.batch import _prepared
 from diffmorpher.errors import ConfigError, ImageError, ModelError, OutputError, RecipeError
 from diffmorpher.files.pictures import image_hash
 from diffmorpher.gather import gather
@@ -346,6 +348,62 @@ def test_a_film_of_an_older_version_is_named_as_one(tmp_path: Path) -> None:
     save_film([Image.new("RGB", (8, 8))], tmp_path / "old.mp4", metadata={"diffmorpher": "0.1.0", "frames": 3})
     with pytest.raises(RecipeError, match="before films carried their recipe"):
         Recipe.read(tmp_path / "old.mp4")
+
+
+DOTS, KEY = "." * 70, ".".join("a" * 200_000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{KEY} = 1\n",
+        f'x = {{y = """\n\'""", {KEY} = 1, z=\'\'}}\n',
+        f'a = """b"""", {KEY} = "\n',
+        f'a = """b"""""\n{KEY} = 1\n',
+        f'a = "\\\\"\n{KEY} = 1\n',
+        f'# "\n{KEY} = "#"\n',
+        f"[{KEY}]\n",
+        "size = " + "".join("{" + ".".join("a" * 60) + " = " for _ in range(120)) + "1" + "}" * 120,
+        "prompts = " + "".join("{" + ".".join("a" * 60) + " = " for _ in range(120)) + "1" + "}" * 120,
+        "#" * (2**22 + 1),
+    ],
+    ids=range(10),
+)
+def test_a_recipe_that_would_take_for_ever_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    began = time.process_time()
+    with pytest.raises((RecipeError, ConfigError)):
+        Recipe.read(tmp_path / "r.toml")
+    assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        (f'# {DOTS}\nprompts = ["x"] # {DOTS}\n', "x"),
+        (f'prompts = ["wait {DOTS}"]\n', f"wait {DOTS}"),
+        (f"prompts = ['wait {DOTS}']\n", f"wait {DOTS}"),
+        (f'prompts = ["""\nwait {DOTS}\n{DOTS}"""]\n', f"wait {DOTS}\n{DOTS}"),
+        (f"prompts = ['''\nwait {DOTS}'''''] # it's {DOTS}\n", f"wait {DOTS}''"),
+        (f'prompts = ["a \\"quoted\\" # {DOTS}"]\n', f'a "quoted" # {DOTS}'),
+    ],
+    ids=range(6),
+)
+def test_dots_in_texts_and_comments_are_no_keys(text: str, prompt: str, tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text(text)
+    assert Recipe.read(tmp_path / "r.toml").prompts == (prompt,)
+
+
+def test_a_batch_follows_links_of_ones_own(place: Path) -> None:
+    for name in ("pear", "rose"):
+        shutil.copy(DEMO / f"{name}.png", place / "work")
+    recipe = Recipe(("pear.png", "rose.png"))
+    (place / "films" / "one.mp4").symlink_to(place / "elsewhere.mp4")
+    for name in ("one.mp4", "deep/two.mp4", "..."):
+        assert _prepared(recipe, name, place / "films", "film 1")[1] == place / "films" / name
+    for name in ("../one.mp4", "a/../../one.mp4", str(place / "films" / "one.mp4"), "..", ""):
+        with pytest.raises(ConfigError, match="is not in the batch's folder"):
+            _prepared(recipe, name, place / "films", "film 1")
 
 
 def test_a_batch_with_what_is_common_and_a_table(tmp_path: Path) -> None:

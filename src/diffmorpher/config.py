@@ -73,6 +73,8 @@ def shown(value: Any) -> str:
         return f"{value!r:.200}"
     except ValueError:
         return "a number of thousands of digits"
+    except RecursionError:
+        return "a table within a table without end"
 
 
 def join_or(words: list[str]) -> str:

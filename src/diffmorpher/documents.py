@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+from .config import shown
 from .errors import ConfigError, RecipeError
 from .settings import LIMITS, check_size, parse_numbers, parse_size, split_weight
 
@@ -59,7 +60,9 @@ def section(key: str, value: Any, start: Any, where: str) -> Any:
     if isinstance(value, bool) and key == "fit":
         return start.fit if value else None
     if not isinstance(value, dict):
-        raise ConfigError(f"{key} is {value!r}, but must be a table of settings{' or false' if key == 'fit' else ''}.")
+        raise ConfigError(
+            f"{key} is {shown(value)}, but must be a table of settings{' or false' if key == 'fit' else ''}."
+        )
     check_keys(value, list(LIMITS[key]), where, f"{key}.")
     for name, each in value.items():
         try:
@@ -73,7 +76,7 @@ def plain(key: str, value: Any) -> Any:
     """A value outside the tables, as the recipe's field takes it. Raises `ConfigError` where its own checks would not."""
     if key in LISTS:
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
-            raise ConfigError(f"{key} is {value!r}, but must be a list of texts.")
+            raise ConfigError(f"{key} is {shown(value)}, but must be a list of texts.")
         return tuple(value)
     if key == "size":
         return parse_size(value) if isinstance(value, str) else check_size(checked("size", value, list))
@@ -85,7 +88,7 @@ def plain(key: str, value: Any) -> Any:
 def checked(key: str, value: Any, kind: type) -> Any:
     """The value, if it is a text or a list as it should be. Raises `ConfigError`."""
     if not isinstance(value, kind):
-        raise ConfigError(f"{key} is {value!r}, but must be a {'text' if kind is str else 'list'}.")
+        raise ConfigError(f"{key} is {shown(value)}, but must be a {'text' if kind is str else 'list'}.")
     return value
 
 

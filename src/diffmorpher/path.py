@@ -18,7 +18,7 @@ from torch import Tensor
 from .config import SampleConfig
 from .errors import ConfigError, DiffMorpherError, PathFileError
 from .files.cache import NOT_KEPT, Cache, Kept
-from .files.paths import not_a_path, read_path, write_path
+from .files.paths import check_path_name, not_a_path, read_path, write_path
 from .method.attention import check_mode
 from .method.interpolate import Between
 from .method.invert import invert
@@ -269,8 +269,10 @@ class MorphPath:
     def save(self, file: str | os.PathLike[str]) -> Path:
         """Write everything but the model to one safetensors file, to be loaded with `MorphPath.load`.
 
-        Raises `OutputError` if it cannot be written; an older file is then left as it was.
+        Raises `OutputError` if it cannot be written, or is called as a picture or a film is; an older file is then left as it
+        was.
         """
+        check_path_name(file)
         tensors = {"latents": self.latents}
         tensors |= {f"conditioning.{name}": x for name, x in self.conditioning.tensors.items()}
         tensors |= {f"trajectory.{steps}": z for steps, z in self._trajectories.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import wave
 from pathlib import Path
@@ -15,8 +16,8 @@ from PIL import Image
 from conftest import tiny_pipeline
 from diffmorpher import FitConfig, Morpher, Recipe, SampleConfig
 from diffmorpher.config import ScheduleConfig
-from diffmorpher.errors import ConfigError, RecipeError, SoundError
-from diffmorpher.files.films import save_film, save_made
+from diffmorpher.errors import ConfigError, ImageError, RecipeError, SoundError
+from diffmorpher.files.films import read_settings, save_film, save_made
 from diffmorpher.files.sound import RATE, beat, read_sound
 from diffmorpher.gather import gather
 from diffmorpher.method.schedule import plan
@@ -102,7 +103,12 @@ def test_what_is_no_sound_is_one_sentence(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "b.mp3").write_bytes(b"rubbish" * 99)
     save_film(pictures(2), tmp_path / "c.mp4")
-    said = {"a.png": "holds no sound", "b.mp3": "cannot be read", "c.mp4": "holds no sound", "d.wav": "does not exist"}
+    said = {
+        "a.png": "no kind of file that is read",
+        "b.mp3": "cannot be read",
+        "c.mp4": "holds no sound",
+        "d.wav": "does not exist",
+    }
     for name, words in said.items():
         with pytest.raises(SoundError, match=words):
             read_sound(tmp_path / name)
@@ -111,6 +117,26 @@ def test_what_is_no_sound_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SoundError, match="does not exist"):
         save_made(pictures(2), tmp_path / "e.mp4", {}, audio=tmp_path / "d.wav")
     assert not (tmp_path / "e.mp4").exists()
+
+
+def test_a_list_of_other_files_is_no_sound(tmp_path: Path) -> None:
+    """FFmpeg reads such as the files that they name, which may be anybody's, or never end."""
+    clicks(tmp_path / "secret.wav", seconds=1)
+    os.mkfifo(tmp_path / "fifo.wav")
+    (tmp_path / "hls.m3u8").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:1,\n{tmp_path / 'secret.wav'}\n#EXT-X-ENDLIST\n"
+    )
+    for name in ("secret", "fifo", "itself"):
+        (tmp_path / f"of-{name}.wav").write_text(f"ffconcat version 1.0\nfile {name}.wav\n")
+    (tmp_path / "itself.wav").write_text("ffconcat version 1.0\nfile itself.wav\n")
+    began = time.monotonic()
+    for name in ("hls.m3u8", "of-secret.wav", "of-fifo.wav", "of-itself.wav", "itself.wav"):
+        with pytest.raises(SoundError, match="no kind of file that is read"):
+            read_sound(tmp_path / name, 1)
+        film = (tmp_path / name).rename(tmp_path / f"{name}.mp4")
+        with pytest.raises(ImageError, match="No settings can be read"):
+            read_settings(film)
+    assert time.monotonic() - began < 5
 
 
 # ---- the beat

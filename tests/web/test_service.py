@@ -127,6 +127,11 @@ def test_what_is_no_table_of_jobs_is_said(tmp_path: Path) -> None:
         for _ in range(2):  # and the folder can be used again at once
             with pytest.raises(ConfigError, match="jobs.sqlite' is no table of jobs"):
                 Store(tmp_path / name)
+    for name in ("lock", "jobs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).mkdir() if name == "lock" else (tmp_path / name / name).touch()
+        with pytest.raises(ConfigError, match=f"{name}' cannot be used for jobs"):
+            Store(tmp_path / name)
     assert (tmp_path / "text" / "jobs.sqlite").read_text() == "mine\n" * 99
 
 

@@ -30,7 +30,7 @@ from ..files.pictures import load_image
 from ..files.places import check_place
 from ..files.video import CODECS
 from ..gather import gather
-from ..models.catalog import ASSETS, check_model, look_up
+from ..models.catalog import ASSETS, CATALOG, check_model, look_up
 from ..progress import console, quiet_bars, say
 from ..recipe import Recipe, read_recipes
 from ..settings import check_typed, unused
@@ -214,6 +214,10 @@ def fit(
 def info(file: o.ModelFile = None, as_json: o.Json = False, debug: o.Debug = False) -> None:
     """Versions, devices, and which models are here; or what a model's file holds."""
     begin(debug)
+    if str(file) in CATALOG:
+        raise ConfigError(
+            f"{str(file)!r} is a model that 'diffmorpher info' lists: it needs a file's name to say more."
+        )
     if file is not None:
         check_model(str(file))
     from .about import about_file, about_machine, file_table, machine_table

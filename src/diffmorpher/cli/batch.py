@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, DiffMorpherError, ImageError, OutputError
 from ..files.clashes import check_apart, first_over
 from ..files.films import FORMATS, check_output, read_settings
-from ..files.places import inside
 from ..gather import gather
 from ..models.catalog import check_model
 from ..progress import say
@@ -124,7 +123,11 @@ def _on_ray(films: Sequence[Film], address: str, jobs: str) -> Iterator[tuple[Pa
 def _prepared(recipe: Recipe, name: str, folder: Path | None, which: str) -> tuple[Recipe, Path]:
     """A film's recipe with its files found, and where it goes."""
     out = (folder or Path()) / name
-    if Path(name).is_absolute() or not inside(os.path.abspath(out), os.path.abspath(folder or ".")):
+    if Path(name).is_absolute() or os.path.normpath(name).split(os.sep)[0] in (
+        "",
+        "..",
+        ".",
+    ):  # a link there is one's own
         raise ConfigError(
             f"{which} of the batch: its output {name!r:.200} is not in the batch's folder: give a name, and -o for the folder."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,6 +97,7 @@ def bench(
     if "lora_steps" in typed:
         chosen_settings["fit"] = FitConfig(steps=chosen_settings.pop("lora_steps"))
     settings = Settings(names, **chosen_settings)
+    warn_of_others(out, settings)
     chosen = dataset.take(pairs)
     mine = chosen[part - 1 :: parts]
     out.mkdir(parents=True, exist_ok=True)
@@ -114,6 +116,23 @@ def bench(
     if failed:
         raise DiffMorpherError(
             f"{len(failed)} of {len(chosen) * len(names)} results failed; run again to try them once more."
+        )
+
+
+def warn_of_others(out: Path, settings: Any) -> None:
+    """Say so where the folder holds results of other settings, which are replaced one by one."""
+    from ..errors import DataError
+    from ..evaluation.results import read_results
+
+    try:
+        there = read_results(out)["protocol"]
+    except DataError:
+        return  # there are none
+    others = [f"{key} {there[key]}" for key, value in settings.protocol.items() if there.get(key, value) != value]
+    if others:
+        warnings.warn(
+            f"{out} holds results made with {', '.join(others)}, which these replace one by one: stop now to keep them.",
+            stacklevel=2,
         )
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import DataError
+from ..files.pictures import SUFFIXES
 from ..files.places import is_plain
 from ..models.catalog import ASSETS
 
 _IMAGE = re.compile(r"image_(\d+)")
 _PROMPT = re.compile(r"prompt_(\d+)")
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 _MANIFESTS = {".csv", ".jsonl"}
 #: What a run writes beside its pairs' folders.
 OUTPUTS = ("results.json", "results.csv", "report.html")
@@ -122,7 +122,7 @@ def _pairs_in(folder: Path, category: str, prompts: Mapping[str, list[str]]) -> 
     halves: dict[str, dict[int, Path]] = {}
     for file in sorted(folder.iterdir()):
         stem, _, number = file.stem.rpartition("_")
-        if file.suffix.lower() in _SUFFIXES and stem and number in ("0", "1"):
+        if file.suffix.lower() in SUFFIXES and stem and number in ("0", "1"):
             if int(number) in halves.setdefault(stem, {}):
                 raise DataError(f"{str(folder)!r} has two pictures called {file.stem!r}: remove one.")
             halves[stem][int(number)] = file

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -59,7 +60,10 @@ def replacing(path: Path) -> Iterator[Path]:
     path = landing(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary(path.parent) as part:
+        rights = stat.S_IMODE(part.stat().st_mode)
         yield part
+        if stat.S_IMODE(part.stat().st_mode) != rights:  # safetensors puts a file of its own there
+            part.chmod(rights)
         os.replace(part, path)
 
 

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..errors import ConfigError, LoraError
+from ..errors import ConfigError, LoraError, OutputError
 from .atomic import cannot_write, replacing
 from .kohya import with_kohyas_names
 from .lora_factors import is_part, pair, peft_scale, with_factors
@@ -122,6 +122,10 @@ def save_lora(lora: Lora, path: str | os.PathLike[str], format: Literal["diffuse
     header as "diffmorpher.prompt" and so on. Raises `OutputError` if the file cannot be written, `ConfigError` for kohya's
     layout of a transformer's LoRA.
     """
+    if not isinstance(lora, Lora):
+        raise ConfigError(f"a LoRA is {lora!r:.100}, but must be a Lora.")
+    if not isinstance(path, (str, os.PathLike)) or "\0" in os.fspath(path):
+        raise OutputError(f"the LoRA file is {path!r:.100}, but must be a path.")
     path = Path(path)
     if lora.gains:
         raise ConfigError("a DoRA or IA3 is a LoRA only beside its model: use the file that it came from.")

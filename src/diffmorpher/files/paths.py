@@ -15,14 +15,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import is_real
-from ..errors import PathFileError
+from ..errors import OutputError, PathFileError
 from .atomic import cannot_write, replacing
+from .films import FORMATS
+from .pictures import SUFFIXES
 
 VERSION = "3"
 _KEY = "diffmorpher.path"
 _PARTS = re.compile(
     r"latents|opacity|conditioning\.\w+|trajectory\.[1-9][0-9]{0,3}|lora\.(down|up)\..+|style\.(down|up)\.(network|text_encoder(_[23])?)\..+"
 )
+
+
+def check_path_name(file: Any) -> None:
+    """Raise `OutputError` for what is no path, or bears a picture's or a film's name, which it may replace."""
+    if not isinstance(file, (str, os.PathLike)) or "\0" in os.fspath(file):
+        raise OutputError(f"the path file is {file!r:.100}, but must be a path.")
+    if Path(file).suffix.lower() in {*FORMATS, *SUFFIXES}:
+        raise OutputError(f"the path file {str(file)!r} is called as a picture or a film is: call it .morph.")
 
 
 def write_path(file: str | os.PathLike[str], header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:

@@ -20,6 +20,8 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray[Any, Any]
 
 #: Decoders that strangers' files may reach, by Pillow's names: what people keep pictures in, and none that starts a program.
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "JPEG2000", "PPM", "TGA", "ICO", "QOI")
+#: How their names end.
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 #: Pixels on a side of the smallest picture that is taken, and pixels in all of the largest.

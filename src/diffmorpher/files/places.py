@@ -98,11 +98,6 @@ def is_plain(path: PathLike) -> bool:
     return not os.path.exists(path) or os.path.isfile(path)
 
 
-def inside(path: PathLike, folder: PathLike) -> bool:
-    """Whether it lies in that folder, at any depth, be they there or not."""
-    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
-
-
 def same_place(one: PathLike, other: PathLike) -> bool:
     """Whether two names mean one file or folder, be it there or not."""
     if os.path.realpath(one) == os.path.realpath(other):

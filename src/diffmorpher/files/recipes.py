@@ -22,8 +22,10 @@ from .places import is_plain
 
 #: Of a TOML file of recipes, and of a key in it.
 MAX_BYTES, MOST_DOTS = 4 * 2**20, 64
-_TEXTS = re.compile(r'"(?:[^"\\\n]|\\.)*"|\'[^\'\n]*\'')
-_BETWEEN_KEYS = re.compile(r"[=,\[\]{}#\n]")
+_TEXTS_AND_COMMENTS = re.compile(
+    r'"""(?:\\.|[^\\])*?"{3,5}|' r"'''.*?'{3,5}|" r'"(?:[^"\\\n]|\\.)*"|' r"'[^'\n]*'|#[^\n]*", re.DOTALL
+)
+_BETWEEN_KEYS = re.compile(r"[=,\[\]{}\n]")
 
 
 def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -73,7 +75,7 @@ def _checked(path: Path) -> str:
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES >> 20} MiB")
     text = path.read_text("utf-8-sig")
-    for part in _BETWEEN_KEYS.split(_TEXTS.sub('""', text)):
+    for part in _BETWEEN_KEYS.split(_TEXTS_AND_COMMENTS.sub('""', text)):
         if part.count(".") > MOST_DOTS:
             raise ValueError(f"it has a key of more than {MOST_DOTS} parts: {part.strip():.40}...")
     return text

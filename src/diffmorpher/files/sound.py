@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from .places import as_file
 
 #: Of all sound that is written, which Opus asks for; two channels.
 RATE = 48_000
+#: FFmpeg's formats that strangers' films and sounds may be: what people keep them in, and none that names other files.
+FILMS = ("mov", "mp4", "m4a", "matroska", "webm")
+SOUNDS = (*FILMS, "wav", "w64", "mp3", "flac", "ogg", "aac", "ac3", "aiff", "caf", "au", "amr", "asf", "avi")
 #: Samples a second that a file may say it has: from telephones' far below to beyond any recorder's.
 RATES = (1_000, 1_000_000)
 #: Seconds in which a sound fades out that is longer than the film; a quarter of a short film.
@@ -23,6 +28,16 @@ _DECAY, _FLOOR = 0.12, 0.1
 _WINDOW, _HOP = 2048, 512
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def open_media(file: str | os.PathLike[str], formats: Sequence[str]) -> Any:
+    """A film or sound opened for reading, as one of these of FFmpeg's formats: lists of other files are none of them.
+
+    Raises `av.FFmpegError`.
+    """
+    import av
+
+    return av.open(as_file(file), options={"format_whitelist": ",".join(formats), "protocol_whitelist": "file"})
 
 
 def read_sound(file: str | os.PathLike[str], seconds: float | None = None) -> Array:
@@ -39,7 +54,7 @@ def read_sound(file: str | os.PathLike[str], seconds: float | None = None) -> Ar
     parts: list[Array] = []
     read = 0
     try:
-        with av.open(as_file(file)) as container:
+        with open_media(file, SOUNDS) as container:
             if not container.streams.audio:
                 raise SoundError(f"{name!r} holds no sound: give a wav, mp3, flac, ogg or m4a file.")
             resampler = av.AudioResampler(format="fltp", layout="stereo", rate=RATE)
@@ -53,8 +68,9 @@ def read_sound(file: str | os.PathLike[str], seconds: float | None = None) -> Ar
             else:
                 parts += [each.to_ndarray().astype(np.float32) for each in resampler.resample(None)]
     except (av.FFmpegError, ValueError) as error:
+        reason = "no kind of file that is read" if getattr(error, "errno", None) == errno.EINVAL else error
         raise SoundError(
-            f"the sound {name!r} cannot be read ({error}): save it as wav, mp3, flac, ogg or m4a."
+            f"the sound {name!r} cannot be read ({reason}): save it as wav, mp3, flac, ogg or m4a."
         ) from error
     sound = np.concatenate(parts, axis=1) if parts else np.zeros((2, 0), np.float32)
     if sound.shape[1] == 0:

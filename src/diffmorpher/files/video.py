@@ -16,7 +16,7 @@ from PIL import Image
 from ..errors import OutputError
 from .places import as_file
 from .playback import Quality
-from .sound import RATE, Array
+from .sound import FILMS, RATE, Array, open_media
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ def read_comment(file: Path) -> str | None:
     import av
 
     try:
-        with av.open(as_file(file)) as container:
+        with open_media(file, FILMS) as container:
             return next((text for key, text in container.metadata.items() if key.lower() == "comment"), None)
     except av.FFmpegError as error:
         raise OSError(error.errno, error.strerror) from error

@@ -201,7 +201,7 @@ def serve(
         worker = Worker(store)
     try:
         worker.start()
-        where = f"http://{host}:{port}"
+        where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         say(f"Films are made at {where}/jobs; {where}/docs says how to ask. Ctrl-C stops it.")
         if page is not None:
             say(f"The page is at {where}/page.")

@@ -108,8 +108,13 @@ class Store:
         self.ahead: Callable[[str], int] | None = None
         #: Is told of jobs that come and that are cancelled.
         self.changed: Callable[[str], None] = lambda key: None
-        (root / "jobs").mkdir(parents=True, exist_ok=True)
-        self._alone = alone(root)
+        try:
+            (root / "jobs").mkdir(parents=True, exist_ok=True)
+            self._alone = alone(root)
+        except OSError as error:
+            raise ConfigError(
+                f"{str(error.filename or root)!r} cannot be used for jobs ({error.strerror}): give another folder."
+            ) from error
         try:
             self._base = sqlite3.connect(root / "jobs.sqlite", check_same_thread=False, isolation_level=None)
             self._base.row_factory = sqlite3.Row

@@ -8,6 +8,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from PIL import Image
 from diffmorpher import FitConfig, Recipe, SampleConfig, ScheduleConfig
 from diffmorpher.cli.batch import _prepared
 from diffmorpher.errors import ConfigError, ImageError, ModelError, OutputError, RecipeError
+from diffmorpher.files.films import read_settings
 from diffmorpher.files.pictures import image_hash
 from diffmorpher.gather import gather
 from diffmorpher.models.catalog import ASSETS, CATALOG, FLOW, bare_name, check_model
@@ -232,6 +234,7 @@ def test_its_command_makes_it_again(names: dict[str, bool], data: st.DataObject)
         "audio": st.just("song.wav"),
         "device": st.just("cpu"),
         "dtype": st.just("float32"),
+        "vae": st.just("vae.safetensors"),
     }
     typed: dict[str, Any] = {}
     for name in names:
@@ -348,6 +351,22 @@ def test_a_film_of_an_older_version_is_named_as_one(tmp_path: Path) -> None:
     save_film([Image.new("RGB", (8, 8))], tmp_path / "old.mp4", metadata={"diffmorpher": "0.1.0", "frames": 3})
     with pytest.raises(RecipeError, match="before films carried their recipe"):
         Recipe.read(tmp_path / "old.mp4")
+
+
+def test_other_types_are_named(tmp_path: Path) -> None:
+    for name in ("model", "vae", "audio", "device", "dtype"):
+        for bad in (5, [], "", "a\0", np.zeros(3)):
+            with pytest.raises(ConfigError, match=f"{name} is .* but must be a name"):
+                Recipe(("a.png", "b.png"), **{name: bad})
+    with pytest.raises(ConfigError, match="model is None"):
+        Recipe(model=None)  # type: ignore[arg-type]
+    for bad in (None, 5):
+        with pytest.raises(RecipeError, match="is read from a path"):
+            Recipe.read(bad)  # type: ignore[arg-type]
+        with pytest.raises(OutputError, match="is written to a path"):
+            Recipe().write(bad)  # type: ignore[arg-type]
+        with pytest.raises(ImageError, match="are read from a path"):
+            read_settings(bad)  # type: ignore[arg-type]
 
 
 DOTS, KEY = "." * 70, ".".join("a" * 200_000)

@@ -85,6 +85,14 @@ def plain(key: str, value: Any) -> Any:
     )  # the rest have limits
 
 
+def check_names(recipe: Any) -> None:
+    """Raise `ConfigError` where a recipe's model or a file of it is no text that can be a name."""
+    for key in ("model", "vae", "audio", "device", "dtype"):
+        value = getattr(recipe, key)
+        if (value is not None or key == "model") and (not isinstance(value, str) or value == "" or "\0" in value):
+            raise ConfigError(f"{key} is {shown(value)}, but must be a name.")
+
+
 def checked(key: str, value: Any, kind: type) -> Any:
     """The value, if it is a text or a list as it should be. Raises `ConfigError`."""
     if not isinstance(value, kind):

@@ -23,10 +23,10 @@ from .config import (
     numbers,
     stretches_and_gaps,
 )
-from .documents import LISTS, as_stored, check_keys, checked, of_text, plain, section, seen_from, texts
+from .documents import LISTS, as_stored, check_keys, check_names, checked, of_text, plain, section, seen_from, texts
 from .errors import ConfigError, RecipeError
 from .files.playback import Playback, Quality
-from .files.recipes import read_document, write_document
+from .files.recipes import read_document, toml_path, write_document
 from .files.sound import beat
 from .models.catalog import CATALOG, bare_name, spec_of
 from .settings import BY_NAME, CONFIGS, LIMITS, PRESETS, check_size, parse_focus, parse_weighted
@@ -92,6 +92,7 @@ class Recipe:
     origin: Path | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        check_names(self)
         for name in LISTS:
             object.__setattr__(self, name, texts(getattr(self, name)))
         object.__setattr__(self, "hold", numbers(self.hold))
@@ -112,9 +113,6 @@ class Recipe:
                     object.__setattr__(self, name, getattr(own, name))
         for name, limits in LIMITS[""].items():
             limits.check(getattr(self, name))
-        for name in ("model", "vae", "audio", "device", "dtype"):
-            if (value := getattr(self, name)) == "" or "\0" in str(value):
-                raise ConfigError(f"{name} is {value!r:.100}, but must be a name.")
         for name, config in CONFIGS.items():
             if not isinstance(getattr(self, name), config) and (name, getattr(self, name)) != ("fit", None):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but must be a {config.__name__}.")
@@ -286,7 +284,7 @@ class Recipe:
 
     def write(self, file: str | os.PathLike[str]) -> Path:
         """Write it as TOML; pictures and LoRA files by their places as seen from there. Raises `OutputError`."""
-        folder = Path(file).absolute().parent.resolve()
+        folder = toml_path(file).absolute().parent.resolve()
         document = {
             key: {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
             for key, value in self.document().items()
@@ -339,8 +337,8 @@ def film_name(names: Sequence[str]) -> str:
 
 def read_recipes(file: str | os.PathLike[str]) -> list[tuple[Recipe, str | None]]:
     """The recipes in a file, each with its output where the file is a batch. Raises `RecipeError`, naming the key."""
+    documents = read_document(file)
     path = Path(os.path.expanduser(file))
-    documents = read_document(path)
     if not documents:
         raise RecipeError(f"{str(file)!r} holds no film.")
     found = []

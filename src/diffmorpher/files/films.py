@@ -219,6 +219,8 @@ def read_settings(path: PathLike) -> dict[str, object] | None:
 
     Raises `ImageError` if the file is missing or damaged.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ImageError(f"settings are read from a path, not from {path!r:.100}.")
     file = Path(path)
     try:
         if file.is_dir():

@@ -50,6 +50,8 @@ def write_path(file: str | os.PathLike[str], header: Mapping[str, Any], tensors:
 
 def read_path(file: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(header, tensors on the CPU). Raises `PathFileError` for what is no path file of this version."""
+    if not isinstance(file, (str, os.PathLike)):
+        raise PathFileError(f"a path file is {file!r:.100}, but must be a path.")
     source = Path(file)
     try:
         with safe_open(source, "pt") as opened:

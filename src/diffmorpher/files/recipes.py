@@ -36,6 +36,8 @@ def read_document(file: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Films of a batch have an `out`, which may be None.
     Raises `RecipeError` for what holds none.
     """
+    if not isinstance(file, (str, os.PathLike)):
+        raise RecipeError(f"a recipe is read from a path, not from {file!r:.100}.")
     path = Path(os.path.expanduser(file))
     if not os.path.exists(path):
         raise RecipeError(f"the recipe {str(file)!r} does not exist: check the path.")
@@ -81,11 +83,19 @@ def _checked(path: Path) -> str:
     return text
 
 
-def write_document(file: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
-    """Write one recipe as TOML. Raises `OutputError`."""
+def toml_path(file: Any) -> Path:
+    """Where a recipe is written. Raises `OutputError` for what is no path, or of another format."""
+    if not isinstance(file, (str, os.PathLike)):
+        raise OutputError(f"a recipe is written to a path, not to {file!r:.100}.")
     path = Path(file)
     if path.suffix.lower() != ".toml":
         raise OutputError(f"the recipe {str(file)!r} must end in .toml: it is written in no other format.")
+    return path
+
+
+def write_document(file: str | os.PathLike[str], document: Mapping[str, Any]) -> Path:
+    """Write one recipe as TOML. Raises `OutputError`."""
+    path = toml_path(file)
     try:
         with replacing(path) as part:
             part.write_text(tomli_w.dumps(document), "utf-8")

@@ -64,7 +64,8 @@ def working_size(backbone: Backbone, own: tuple[int, int], size: Sequence[int] |
         width, height = map(index, size or own)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the size is {shown(size)}, but must be two whole numbers, (width, height).") from error
-    check_size((width, height))
+    if max(width, height) > MAX_SIDE:
+        check_size((width, height))  # says so, with however many digits
     for side in (width, height):
         if not smallest <= side <= MAX_SIDE or side % factor:
             near = min(MAX_SIDE, max(smallest, (side + factor // 2) // factor * factor))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DiffMorpherError, ImageError, OutputError
+from ..errors import ConfigError, DiffMorpherError, ImageError
 from ..files.clashes import check_apart, first_over
 from ..files.films import FORMATS, check_output, read_settings
 from ..gather import gather
@@ -44,10 +45,10 @@ def run_batch(
     if folder is not None and folder.suffix.lower() in FORMATS:
         raise ConfigError(f"-o {str(folder)!r} is a film's name, but a batch needs a folder: leave the suffix out.")
     work = [_prepared(recipe, name, folder, f"film {i}") for i, (recipe, name) in enumerate(films, start=1)]
-    try:
-        check_apart([(out, not out.suffix) for _, out in work])
-    except OutputError as error:
-        raise ConfigError(f"two films of the batch go to one place: {error}") from error
+    places = Counter(os.path.realpath(out) for _, out in work)
+    if twice := next((out for _, out in work if places[os.path.realpath(out)] > 1), None):
+        raise ConfigError(f"two films of the batch go to {str(twice)!r}: give each an out of its own.")
+    check_apart([(out, not out.suffix) for _, out in work])
     inputs = [file for recipe, _ in work for files in inputs_of(recipe).values() for file in files]
     if over := first_over([out for _, out in work], inputs):
         raise ConfigError(

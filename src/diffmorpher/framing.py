@@ -64,7 +64,7 @@ def working_size(backbone: Backbone, own: tuple[int, int], size: Sequence[int] |
         width, height = map(index, size or own)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the size is {shown(size)}, but must be two whole numbers, (width, height).") from error
-    if max(width, height) > MAX_SIDE:
+    if max(abs(width), abs(height)) >= 10**9:
         check_size((width, height))  # says so, with however many digits
     for side in (width, height):
         if not smallest <= side <= MAX_SIDE or side % factor:

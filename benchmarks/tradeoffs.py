@@ -2,6 +2,7 @@
 
     python benchmarks/tradeoffs.py --pairs 6 --json tradeoffs.json
     python benchmarks/tradeoffs.py --pairs 6 --model work/mini-flow --size 256x256    # what flows are set to
+    python benchmarks/tradeoffs.py --read tradeoffs.json rest.json    # parts made by --part, as one table
 
 The rule of inversion, the attention blocks, exact ends and fits of flows are chosen by the second.
 
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +28,7 @@ from diffmorpher import FitConfig, Morpher, SampleConfig, ScheduleConfig
 from diffmorpher.cli.terminal import StageBars, quiet_libraries
 from diffmorpher.evaluation.datasets import Pair, load_dataset
 from diffmorpher.evaluation.metrics import figures
+from diffmorpher.files.films import contact_sheet
 from diffmorpher.files.pictures import fit_image, load_image
 from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.models.catalog import CATALOG, ModelSpec
@@ -34,7 +37,7 @@ from diffmorpher.progress import quiet_bars
 from diffmorpher.settings import parse_size
 
 FRAMES = 16
-FIGURES = ("ppl", "pdv", "end_distance", "end_psnr", "roughness")
+FIGURES = ("ppl", "pdv", "end_distance", "end_psnr", "roughness", "ghost")
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,8 @@ def describe(fit: FitConfig) -> str:
 
 def run(
     morpher: Morpher, size: tuple[int, int], pair: Pair, variant: Variant, loras: dict[FitConfig | None, Any]
-) -> dict[str, float]:
-    """The figures of one pair's film, and its U-Net rows."""
+) -> tuple[dict[str, float], list[Image.Image]]:
+    """The figures of one pair's film with its U-Net rows, and its frames."""
     images = [fit_image(load_image(image), size) for image in pair.images]
     backbone: Any = morpher.backbone
     backbone.inversion = variant.inversion or type(backbone).inversion
@@ -133,12 +136,12 @@ def run(
     ends = path.sample([0, path.num_images - 1], replace(variant.sample, exact_ends=False), output="pt") * 2 - 1
     with torch.inference_mode():
         lost = distance(ends, path.decode(path.latents)).mean().item()
-    return {"rows": rows, "lost": lost} | {name: made[name] for name in FIGURES}
+    return {"rows": rows, "lost": lost} | {name: made[name] for name in FIGURES}, film.frames
 
 
 def table_of(results: dict[str, list[dict[str, float]]]) -> Table:
     table = Table(title=f"{FRAMES} frames, means of {len(next(iter(results.values())))} pairs")
-    for column in ("variant", "rows", "PPL", "PDV e-4", "end distance", "end dB", "lost", "roughness"):
+    for column in ("variant", "rows", "PPL", "PDV e-4", "end distance", "end dB", "lost", "roughness", "ghost"):
         table.add_column(column, justify="left" if column == "variant" else "right")
     for name, runs in results.items():
         mean = {key: sum(r[key] for r in runs) / len(runs) for key in runs[0]}
@@ -151,37 +154,65 @@ def table_of(results: dict[str, list[dict[str, float]]]) -> Table:
             f"{mean['end_psnr']:.1f}",
             f"{mean['lost']:.4f}",
             f"{mean['roughness']:.2f}",
+            f"{mean['ghost']:.2f}",
         )
     return table
+
+
+def joined(parts: Sequence[dict[str, list[dict[str, float]]]]) -> dict[str, list[dict[str, float]]]:
+    """The runs of several files, of the variants that are in all of them."""
+    return {
+        name: [run for part in parts for run in part[name]] for name in parts[0] if all(name in part for part in parts)
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=6)
-    parser.add_argument("--skip", type=int, default=0, help="pairs that others make")
+    parser.add_argument(
+        "--part", type=int, nargs=2, default=(1, 1), metavar=("I", "N"), help="the i-th of n parts of the pairs"
+    )
     parser.add_argument("--model", default="mini")
     parser.add_argument("--size", type=parse_size, help="in place of the model's own, such as 256x256")
-    parser.add_argument("--only", help="variants whose name has this in it")
+    parser.add_argument("--only", nargs="+", help="variants whose name has one of these in it")
+    parser.add_argument(
+        "--read", nargs="+", type=Path, metavar="JSON", help="the table of other runs' files, and no run"
+    )
     parser.add_argument("--json", type=Path, help="also write every pair's figures to this file")
+    parser.add_argument("--sheets", type=Path, metavar="FOLDER", help="also write every pair's films there, a row each")
     given = parser.parse_args(arguments)
+    if given.read:
+        Console(width=120).print(table_of(joined([json.loads(file.read_text()) for file in given.read])))
+        return
     quiet_libraries()
     quiet_bars()
     morpher = Morpher.from_pretrained(given.model)
     size = given.size or morpher.working_size()
     tried = variants() if morpher.backbone.network_part == "unet" else flow_variants(morpher.spec)
-    chosen = [v for v in tried if given.only is None or given.only in v.name]
+    chosen = [v for v in tried if given.only is None or any(part in v.name for part in given.only)]
     if not chosen:
-        parser.error(f"no variant has {given.only!r} in its name; there are {', '.join(v.name for v in tried)}.")
-    pairs = load_dataset("mini").take(given.pairs)[given.skip :]
+        parser.error(
+            f"no variant has {' or '.join(given.only)} in its name; there are {', '.join(v.name for v in tried)}."
+        )
+    part, parts = given.part
+    pairs = load_dataset("mini").take(given.pairs)[part - 1 :: parts]
+    if not pairs:
+        parser.error(f"of {given.pairs} pairs none is in part {part} of {parts}.")
     results: dict[str, list[dict[str, float]]] = {v.name: [] for v in chosen}
     with StageBars() as bars:
         for i, pair in enumerate(pairs):
             loras: dict[FitConfig | None, Any] = {}
+            frames: list[Image.Image] = []
             for j, variant in enumerate(chosen):
                 bars("runs", i * len(chosen) + j, len(pairs) * len(chosen))
-                results[variant.name].append(run(morpher, size, pair, variant, loras))
+                made, film = run(morpher, size, pair, variant, loras)
+                results[variant.name].append(made)
+                frames += film
                 if given.json:
                     given.json.write_text(json.dumps(results, indent=2) + "\n")
+            if given.sheets:
+                given.sheets.mkdir(parents=True, exist_ok=True)
+                contact_sheet(frames, FRAMES).save(given.sheets / f"{pair.name}.png")
         bars("runs", len(pairs) * len(chosen), len(pairs) * len(chosen))
     Console(width=120).print(table_of(results))
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from diffmorpher import Morpher
 from diffmorpher.cli.terminal import quiet_libraries
+from diffmorpher.files.pictures import load_image
 from diffmorpher.models.catalog import ASSETS
 from diffmorpher.progress import quiet_bars
 
@@ -48,7 +49,7 @@ def main() -> None:
     for column in ("pair", "dtype", *FIGURES, "seconds", "dB to float32"):
         table.add_column(column, justify="left" if column in ("pair", "dtype") else "right")
     for pair in chosen:
-        pictures = [Image.open(ASSETS / "bench" / pair[f"image_{k}"]).convert("RGB") for k in (0, 1)]
+        pictures = [load_image(ASSETS / "bench" / pair[f"image_{k}"]) for k in (0, 1)]
         films = {}
         for name, morpher in morphers.items():
             made = morpher(pictures, [pair["prompt_0"], pair["prompt_1"]], given.frames)

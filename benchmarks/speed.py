@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from architectures import ARCHITECTURES, random_pipeline
 from diffmorpher import DiffMorpherError, FitConfig, Morpher, SampleConfig, ScheduleConfig
 from diffmorpher.cli.terminal import StageBars, quiet_libraries
+from diffmorpher.files.pictures import load_image
 from diffmorpher.method.fit import fit_loras
 from diffmorpher.models.backbone import Backbone
 from diffmorpher.models.catalog import ASSETS, CATALOG, ModelSpec
@@ -151,7 +152,7 @@ def schemes(morpher: Morpher, frames: int, steps: int | None = None, fit_steps: 
 def measure(morpher: Morpher, chosen: dict[str, Scheme], runs: int, bars: Callable[..., None]) -> dict[str, Any]:
     """All schemes, `runs` times in turn."""
     device = morpher.backbone.device
-    images = [Image.open(file).convert("RGB") for file in PICTURES[:2]]
+    images = [load_image(file) for file in PICTURES[:2]]  # on white, as the program does
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     small = FitConfig(steps=2)
     morpher(images, PROMPTS[:2], 4, fit=small, sample=SampleConfig(steps=2))  # warm-up: kernels chosen, memory mapped
@@ -218,7 +219,7 @@ def decoded(scheme: str, frames: int) -> int:
 
 def scaling(morpher: Morpher, most: int) -> list[Table]:
     """Seconds per frame over the number of frames, and seconds of the fit over the number of images."""
-    images = [Image.open(file).convert("RGB") for file in PICTURES]
+    images = [load_image(file) for file in PICTURES]
     frames_table, images_table = Table(title="frames"), Table(title="images fitted together")
     for column in ("frames", "seconds", "ms/frame", "rows", "PDV e-4", "peak MB"):
         frames_table.add_column(column, justify="right")

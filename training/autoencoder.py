@@ -28,15 +28,15 @@ CRITIC_RATE = 2e-4
 class AutoencoderConfig:
     """What the autoencoder is and how it is trained. Weights multiply the terms of the loss."""
 
-    size: int = 128  # of the pictures, in pixels
-    channels: tuple[int, ...] = (24, 48, 96, 128)
-    latent_channels: int = 8
+    size: int = 256  # of the pictures, in pixels
+    channels: tuple[int, ...] = (24, 48, 96, 128, 160)
+    latent_channels: int = 16
     groups: int = 8  # of the group norms
-    batch: int = 16
-    crop: int = 64
-    learning_rate: float = 3e-3
-    perceptual: float = 0.3
-    perceptual_share: float = 0.25  # of the batch that the perceptual loss looks at: it costs half a step
+    batch: int = 8
+    crop: int = 96
+    learning_rate: float = 2e-3
+    perceptual: float = 0.5
+    perceptual_share: float = 0.5  # of the batch that the perceptual loss looks at: it costs half a step
     squared: float = 2.0
     kl: float = 5e-4
     adversarial: float = 0.02
@@ -45,18 +45,8 @@ class AutoencoderConfig:
 
 CONFIGS = {
     "cpu": AutoencoderConfig(),
-    # A picture of 256 x 256 has as many latent cells, so that a U-Net row costs the same. Started from weights trained before:
-    # a lower rate, and more weight on what a person sees.
-    "cpu-256": AutoencoderConfig(
-        *(256, (24, 48, 96, 128, 160), 16),
-        batch=8,
-        crop=96,
-        learning_rate=2e-3,
-        perceptual=0.5,
-        perceptual_share=0.5,
-    ),
-    "tiny": AutoencoderConfig(channels=(16, 16, 16, 16), batch=4, adversarial_from=0.5),
-    "gpu": AutoencoderConfig(batch=128, crop=128, adversarial_from=0.8),
+    "tiny": AutoencoderConfig(128, (16, 16, 16, 16), 8, batch=4, crop=64, adversarial_from=0.5),
+    "gpu": AutoencoderConfig(batch=64, crop=256, adversarial_from=0.8),
 }
 
 

@@ -2,7 +2,8 @@
 
 `python -m training.figures WORK MODEL --out DIR`, where MODEL is a folder, or `mini` for the bundled model, prints
 - the autoencoder's PSNR and perceptual distance on every held-out picture,
-- the same for input -> LoRA fit -> inversion -> sampling on the pictures of twelve held-out pairs,
+- the denoising loss on them, as the training's log has it,
+- distance and PSNR of input -> LoRA fit -> inversion -> sampling on the pictures of twelve held-out pairs,
 and writes sheets to be looked at: pictures.png (64 names drawn from the training set, with their names), morphs.png (the
 twelve pairs), further.png (twelve pairs that nobody chose) and, beside them, figures.json.
 """
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffmorpher import Morpher
 from diffmorpher.files.pictures import fit_image
@@ -26,10 +27,11 @@ from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.path import to_pil, to_pixels
 from training import data
 from training.autoencoder import psnr, reconstruct
+from training.diffusion import CONFIGS, DiffusionTraining
 
 # What can be named at sight: not flags, signs, times of day or the many people.
 NAMEABLE = {"Animals & Nature", "Food & Drink", "Travel & Places", "Objects", "Activities", "Smileys & Emotion"}
-PARTS = ("autoencoder", "pictures", "morphs", "further")
+PARTS = ("autoencoder", "denoising", "pictures", "morphs", "further")
 
 
 def main() -> None:
@@ -49,6 +51,8 @@ def main() -> None:
     for part in args.parts.split(","):
         if part == "autoencoder":
             figures |= autoencoder(morpher, args.work, held_out)
+        elif part == "denoising":
+            figures |= denoising(morpher, args.work, held_out)
         elif part == "pictures":
             pictures(morpher, training).save(args.out / "pictures.png")
         elif part == "morphs":
@@ -75,6 +79,18 @@ def autoencoder(morpher: Morpher, work: Path, held_out: list[data.Picture]) -> d
         "autoencoder_distance": round(distances.mean().item(), 4),
         "autoencoder_pictures": len(images),
     }
+
+
+@torch.inference_mode()
+def denoising(morpher: Morpher, work: Path, held_out: list[data.Picture], rounds: int = 4) -> dict[str, float]:
+    """The mean min-SNR-weighted error of the predicted velocity; `rounds` times and noises a picture, always the same."""
+    vae, unet = morpher.pipe.vae, morpher.pipe.unet
+    images = torch.from_numpy(data.read_images(work, held_out, vae.config.sample_size)).float() / 127.5 - 1
+    latents = torch.cat([vae.encode(batch.to(vae.device)).latent_dist.mean for batch in images.split(32)])
+    judge = DiffusionTraining(CONFIGS["tiny"], morpher.pipe.tokenizer, tuple(latents.shape[1:]), unet.device)
+    judge.average.module = nn.ModuleDict({"text": morpher.pipe.text_encoder, "unet": unet})
+    errors = judge.check(latents * vae.config.scaling_factor, [picture.name for picture in held_out], rounds)
+    return {"denoising_loss": round(errors.mean().item(), 4)}
 
 
 def pictures(morpher: Morpher, training: list[data.Picture], guidance: float = 3.0, steps: int = 30) -> Image.Image:

@@ -18,11 +18,12 @@ def main() -> None:
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     for ax, part, names in zip(
-        axes, ("autoencoder", "diffusion"), (("l1", "perceptual", "squared"), ("loss",)), strict=True
+        axes, ("autoencoder", "diffusion"), (("l1", "perceptual", "squared"), ("loss", "held_out")), strict=True
     ):
         lines = [json.loads(line) for line in (args.work / part / "log.jsonl").read_text().splitlines()]
         for name in names:
-            ax.plot([line["minutes"] for line in lines], [line[name] for line in lines], label=name)
+            known = [line for line in lines if name in line]
+            ax.plot([line["minutes"] for line in known], [line[name] for line in known], label=name)
         checks = [(line["minutes"], line["psnr"]) for line in lines if "psnr" in line]
         if checks:
             right = ax.twinx()

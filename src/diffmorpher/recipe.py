@@ -28,7 +28,7 @@ from .errors import ConfigError, RecipeError
 from .files.playback import Playback, Quality
 from .files.recipes import read_document, toml_path, write_document
 from .files.sound import beat
-from .models.catalog import CATALOG, bare_name, spec_of
+from .models.catalog import CATALOG, ModelSpec, bare_name, spec_of
 from .settings import BY_NAME, CONFIGS, LIMITS, PRESETS, check_size, parse_focus, parse_weighted
 
 #: Of the form in which recipes are stored: raise it when an older program would misread a newer recipe.
@@ -107,7 +107,7 @@ class Recipe:
         if self.loras:
             object.__setattr__(self, "fit", None)
         if isinstance(self.fit, str) or isinstance(self.sample, str):
-            own = spec_of(self.model_place())
+            own = self.suits()
             for name in ("fit", "sample"):
                 if isinstance(getattr(self, name), str):
                     object.__setattr__(self, name, getattr(own, name))
@@ -116,6 +116,10 @@ class Recipe:
         for name, config in CONFIGS.items():
             if not isinstance(getattr(self, name), config) and (name, getattr(self, name)) != ("fit", None):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, but must be a {config.__name__}.")
+
+    def suits(self) -> ModelSpec:
+        """What suits its model."""
+        return spec_of(self.model_place())
 
     def check(self) -> None:
         """Raise `ConfigError` where the numbers of things do not go together."""

@@ -196,7 +196,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("paper", "", "Method", "As the paper",
             "The paper's settings throughout, in place of the model's own: some three times the work.", sets=True),
     Setting("preview", "", "Method", "Quick",
-            "A rough film soon: --no-lora --no-reschedule --attention-mode outer.", sets=True),
+            "A rough film soon: --no-lora --no-reschedule --attention-mode outer (kv for flow models).", sets=True),
     Setting("guidance", "sample.guidance_scale", "Method", "Guidance",
             "Above 1 heeds the prompts more, in twice the time.", "G"),
     Setting("model", "model", "Model", "Model", "A name that 'info' lists, hub id, folder or .safetensors file.", "M"),
@@ -222,7 +222,8 @@ def _paper(recipe: Any) -> Any:
 
 
 def _quick(recipe: Any) -> Any:
-    sample, schedule = replace(recipe.sample, attention_mode="outer"), replace(recipe.schedule, enabled=False)
+    sample = replace(recipe.sample, attention_mode=recipe.suits().quick_attention)
+    schedule = replace(recipe.schedule, enabled=False)
     return replace(recipe, fit=None, loras=(), lora_hashes=(), sample=sample, schedule=schedule)
 
 

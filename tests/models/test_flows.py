@@ -437,6 +437,20 @@ def test_what_suits_a_flow_is_recommended_however_it_comes(family: str, tmp_path
 
 
 @families
+def test_a_quick_film_takes_the_attention_that_a_flow_can_have(family: str, tmp_path: Path) -> None:
+    MAKERS[family]().save_pretrained(tmp_path / "model")
+    for k, picture in enumerate(PICTURES[:2]):
+        Image.fromarray(picture).save(tmp_path / f"{k}.png")
+    arguments = ["morph", *(str(tmp_path / f"{k}.png") for k in range(2)), "--model", str(tmp_path / "model"), "--preview"]
+    options = ["-o", str(tmp_path / "x.mp4"), "--frames", "4", "--steps", "2", "--device", "cpu", "--size", "32x32"]
+    result = CliRunner().invoke(app, [*arguments, *options])
+    assert result.exit_code == 0, result.output
+    made = Recipe.read(tmp_path / "x.mp4")
+    assert made.fit is None and made.sample == replace(FLOW.sample, steps=2, attention_mode="kv")
+    assert "--preview" in made.command() and "--attention-mode" not in made.command()
+
+
+@families
 def test_a_film_leaves_the_pipeline_as_it_was(family: str) -> None:
     pipe = MAKERS[family]()
     before = copy.deepcopy({n: p.state_dict() for n, p in pipe.components.items() if isinstance(p, nn.Module)})

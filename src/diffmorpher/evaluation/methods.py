@@ -103,10 +103,13 @@ def _rounded(pixels: Tensor) -> Tensor:
 # ---- with one
 
 
-def _diffusion(lora: bool, even: bool, insert: bool = False, recommended: bool = False, **settings: Any) -> Run:
+def _diffusion(
+    lora: bool, even: bool, insert: bool = False, recommended: bool = False, quick: bool = False, **settings: Any
+) -> Run:
     """A morph with or without LoRAs, rescheduled (in two passes or by insertion) or not, and the rest as `SampleConfig` says.
 
-    recommended: with the fit and the steps that the model's catalog entry names in place of the protocol's.
+    recommended: with the fit and the steps that the model's catalog entry names in place of the protocol's; quick: with the
+    attention that it names for films without LoRA.
     """
 
     def run(
@@ -122,6 +125,7 @@ def _diffusion(lora: bool, even: bool, insert: bool = False, recommended: bool =
         own = morpher.spec if recommended else None
         fit = own.fit if own else effort.fit
         sample = replace(own.sample if own else SampleConfig(steps=effort.steps), **settings)
+        sample = replace(sample, attention_mode=morpher.spec.quick_attention) if quick else sample
         path = _prepared(morpher, images, prompts, fit if lora else None, seed, sample.steps, progress)
         prepared = time.perf_counter()
         schedule = ScheduleConfig(enabled=even, method="insert" if insert else "two-pass")
@@ -182,7 +186,7 @@ _PLAIN: dict[str, Any] = {"attention_lambda": 0.0, "adain": False}
 METHODS: dict[str, Method] = {
     "dissolve": Method("pixels cross-faded", _pixels_alone(dissolve)),
     "warp": Method("pixels warped along the optical flow and blended", _pixels_alone(warp)),
-    "preview": Method("no LoRA, outer attention, no rescheduling", _diffusion(False, False, attention_mode="outer")),
+    "preview": Method("no LoRA, outer attention (kv on flows), no rescheduling", _diffusion(False, False, quick=True)),
     "freemorph": Method("FreeMorph, after its paper (arXiv 2507.01953)", _freemorph(GUIDANCE)),
     "freemorph-unguided": Method("FreeMorph without classifier-free guidance, as all others are", _freemorph(1.0)),
     "ddim": Method("inversion and slerp alone", _diffusion(False, False, **_PLAIN)),

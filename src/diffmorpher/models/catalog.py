@@ -8,6 +8,7 @@ import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from ..config import FitConfig, SampleConfig
 from ..errors import ModelError
@@ -24,6 +25,7 @@ class ModelSpec:
     source: hub id or folder. size: (width, height); None means the size it was trained at. fit, sample: the paper's, unless
     others were measured with this model. suits: what it was trained on; photographs: whether they are among it. fetch: GB to be
     downloaded. memory: GB of a GPU in bfloat16 at its own size, and with low memory, where measured; film: how long one takes.
+    quick_attention: the mode of a film without LoRA; "outer", made for that, is for U-Nets alone.
     """
 
     source: str = ""
@@ -36,6 +38,7 @@ class ModelSpec:
     fetch: float = 0
     memory: tuple[float, float] | None = None
     film: str = ""
+    quick_attention: Literal["outer", "kv"] = "outer"
 
     def described(self) -> str:
         """What is to be known before it is chosen, in a few sentences."""
@@ -50,7 +53,7 @@ class ModelSpec:
 
 
 #: What suits rectified flows, which are all models whose network is a transformer; the paper's settings suit the others.
-FLOW = ModelSpec(fit=FitConfig(learning_rate=1e-4), sample=SampleConfig(exact_ends=True))
+FLOW = ModelSpec(fit=FitConfig(learning_rate=1e-4), sample=SampleConfig(exact_ends=True), quick_attention="kv")
 
 CATALOG: dict[str, ModelSpec] = {
     "mini": ModelSpec(

@@ -112,6 +112,17 @@ def test_bench_then_again_then_report(pairs: Path, model: Path, environment: dic
     assert all(file.stat().st_mtime_ns != stamps[file] for file in stamps if "lora" in str(file))
 
 
+def test_another_size_and_dtype(pairs: Path, model: Path, environment: dict[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("bench", pairs, "--methods", "ddim", "--pairs", "1", "--out", out, "--model", model, *SMALL)
+    done = run(environment, *arguments, "--size", "48x32", "--dtype", "bfloat16")
+    assert done.returncode == 0, done.stderr
+    (result,) = read_results(out)["results"]
+    assert result["dtype"] == "bfloat16" and result["protocol"]["size"] == "48x32"
+    with Image.open(out / result["pair"] / "ddim" / "003.png") as frame:
+        assert frame.size == (48, 32)
+
+
 def test_a_failed_pair_does_not_stop_the_rest(
     pairs: Path, model: Path, environment: dict[str, str], tmp_path: Path
 ) -> None:
@@ -261,8 +272,10 @@ def test_a_key_changes_with_everything_that_matters(pairs: Path, model: Path) ->
         result_key(pair, "ddim", Settings(("ddim",), steps=7, model=str(model))),
         result_key(pair, "ddim", Settings(("ddim",), seed=1, model=str(model))),
         result_key(pair, "ddim", Settings(("ddim",), model="mini")),
+        result_key(pair, "ddim", Settings(("ddim",), model=str(model), dtype="bfloat16")),
+        result_key(pair, "ddim", Settings(("ddim",), model=str(model), size="64x32")),
     }
-    assert len(keys) == 6
+    assert len(keys) == 8
     assert result_key(pair, "ddim", Settings(("lora", "ddim"), model=str(model))) in keys  # company does not
 
 
@@ -277,6 +290,7 @@ def test_shards_and_jobs() -> None:
 def test_only_the_protocols_settings_are_the_protocol() -> None:
     assert Settings(("ddim", "lora")).is_protocol
     assert not Settings(("ddim",), frames=5).is_protocol and not Settings(("ddim",), seed=1).is_protocol
+    assert not Settings(("ddim",), size=(64, 64)).is_protocol
 
 
 def result(pair: str, method: str, ppl: float) -> dict[str, Any]:

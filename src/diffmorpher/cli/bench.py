@@ -54,7 +54,7 @@ ResultsA = Annotated[Path, typer.Argument(metavar="A", help="results.json, or it
 ResultsB = Annotated[Path, typer.Argument(metavar="B", help="Another one of the same protocol.")]
 
 
-@o.takes("model", "prediction", "vae", "device", "steps", "lora_steps", "seed")
+@o.takes("model", "prediction", "vae", "size", "device", "dtype", "steps", "lora_steps", "seed")
 def bench(
     data: Data,
     methods: Methods,

@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,7 @@ from ..method.perceptual import perceptual_distance
 from ..models.catalog import CATALOG
 from ..morpher import Morpher
 from ..path import to_pil, to_pixels
-from ..settings import LIMITS
+from ..settings import BY_NAME, LIMITS, check_size
 from .datasets import Pair
 from .methods import Effort, clear_paths, resolve_methods, run_method
 from .metrics import figures, perceptual_features
@@ -42,7 +42,7 @@ class Settings:
     """What a run of the benchmark is made with. The defaults are the protocol; with others its figures are not comparable.
 
     methods: names as `resolve_methods` gives them. frames: per film. steps: of DDIM. fit: of the LoRAs.
-    model, device, prediction, vae: as `Morpher.from_pretrained` takes them.
+    model, device, dtype, prediction, vae: as `Morpher.from_pretrained` takes them. size: as a film's; None is the model's own.
     """
 
     methods: tuple[str, ...]
@@ -54,6 +54,8 @@ class Settings:
     device: str | None = None
     prediction: Literal["epsilon", "v"] | None = None
     vae: str | None = None
+    dtype: str | None = None
+    size: tuple[int, int] | str | None = None
 
     def __post_init__(self) -> None:
         if resolve_methods(",".join(self.methods)) != list(self.methods):
@@ -61,6 +63,8 @@ class Settings:
         if self.frames < 3:
             raise ConfigError(f"frames is {self.frames}, but the benchmark's figures need at least 3.")
         LIMITS[""]["frames"].check(self.frames)
+        if self.size is not None:
+            object.__setattr__(self, "size", check_size(self.size))
         SampleConfig(steps=self.steps)
 
     @property
@@ -78,6 +82,7 @@ class Settings:
             "distance": DISTANCE,
             "frames_are": "rounded to 8 bits, at the model's working size",
             "intervals": "95 % bootstrap over pairs, 10,000 draws, percentile",
+            **({"size": BY_NAME["size"].said(self.size)} if self.size else {}),
         }
 
 
@@ -89,10 +94,13 @@ class Worker:
         self.morpher = Morpher.from_pretrained(
             settings.model,
             device=device or settings.device,
+            dtype=settings.dtype,
             prediction=settings.prediction,
             vae=settings.vae,
             cache=default_cache(),
         )
+        if settings.size:
+            self.morpher.spec = replace(self.morpher.spec, size=self.morpher.working_size(settings.size))
         self.distance = perceptual_distance(str(self.morpher.backbone.device))
 
     def run_pair(self, pair: Pair) -> Iterator[tuple[str, str]]:
@@ -147,6 +155,7 @@ class Worker:
             "prompts": list(pair.prompts),
             "model": self.settings.model,
             "device": str(self.morpher.backbone.device),
+            "dtype": str(next(self.morpher.backbone.network.parameters()).dtype).removeprefix("torch."),
             "protocol": self.settings.protocol,
             "version": version("diffmorpher"),
         }
@@ -186,6 +195,7 @@ def result_key(pair: Pair, method: str, settings: Settings) -> str:
         "model": settings.model,
         "model_files": _model_digest(settings.model),
         **({"prediction": settings.prediction} if settings.prediction else {}),
+        **({"dtype": settings.dtype} if settings.dtype else {}),
         **({"vae": _model_digest(settings.vae)} if settings.vae else {}),
         "version": version("diffmorpher"),
     }

@@ -1,9 +1,9 @@
-"""How much memory a GPU needs for a morph of two images, counted with neither weights nor a GPU: every tensor is a shape alone.
+"""The memory that a GPU needs for a morph of two images, and the operations of a row, counted with neither weights nor a GPU.
 
     python benchmarks/memory.py sdxl flux-dev     # or none, for all architectures: the table of docs/models.md
 
-Each tensor that lives is counted with its bytes while a step of the fit, of sampling and a decoding run as they do on a
-machine, with attention that stores no scores (flash). Left out is what an allocator wastes and what kernels use inside.
+Every tensor is a shape alone. Each that lives is counted with its bytes while a step of the fit, of sampling and a decoding run as
+they do on a machine, with attention that stores no scores (flash). Left out is what an allocator wastes and what kernels use inside.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import architectures
 import diffmorpher.method.fit as fitting
@@ -39,6 +40,7 @@ from diffmorpher.models.levels import Level, NoiseSchedule
 from diffmorpher.models.loading import as_backbone
 from diffmorpher.path import MorphPath
 
+CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which torch's counter does not know
 TEXT_ROWS = 64  # of Qwen's, which have no length of their own
 #: One step of any family: of its own noise levels, shapes alone know no numbers.
 SCHEDULE = NoiseSchedule.straight([Level(1.0, 0.0, 0.0), Level(0.5, 0.5, 0.5)])
@@ -98,6 +100,11 @@ def told(backbone: Backbone) -> Conditioning:
         return backbone.encode_prompts(["a", "b"])
 
 
+def attention_flop(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    """Of shapes."""
+    return sdpa_flop_count(query, key, value)
+
+
 def at_once(frames: int) -> Between:
     """The rows of a batch: two images, and frames between them."""
     alpha = torch.tensor([0.0] * 2 + [0.5] * frames, dtype=torch.float64)
@@ -113,7 +120,7 @@ def size_of(tensors: list[Tensor]) -> float:
 
 
 def count(name: str, side: int, low_memory: bool) -> dict[str, float]:
-    """GB for the fit, for sampling and for decoding at side x side pixels.
+    """TFLOP of one row forward, without LoRAs; GB for the fit, for sampling and for decoding at side x side pixels.
 
     As `--low-memory` runs, each with the one network that is at work; else with all of the pipeline's.
     """
@@ -139,6 +146,13 @@ def count(name: str, side: int, low_memory: bool) -> dict[str, float]:
                 backbone, latents[:images], latents[:images], conditioning.rows(slice(images)), FitConfig(steps=1), 0
             )
         found["fit"] = live.peak / 1e9
+        with (
+            FlopCounterMode(display=False, custom_mapping={CPU_ATTENTION: attention_flop}) as counter,
+            torch.no_grad(),
+            backbone.borrowed(),
+        ):
+            backbone.output(latents[:1], SCHEDULE.levels[1], conditioning.rows(slice(1)))
+        found["tflop"] = counter.get_total_flops() / 1e12
         gc.collect()
         with Live(network) as live, torch.no_grad(), backbone.borrowed(), bank.attached(backbone.network):
             rows = between[frames]
@@ -174,7 +188,18 @@ def main() -> None:
     finite.is_finite = models_backbone.is_finite = lambda *tensors: True
     group_norm.group_norm = nn.GroupNorm.forward  # type: ignore[assignment]  # a GPU's: shapes are on a CPU
     table = Table(title="GB, bfloat16, two images")
-    for column in ("model", "pixels", "", "network", "text", "fit", "sample", "frames at once", "decode"):
+    for column in (
+        "model",
+        "pixels",
+        "",
+        "TFLOP a row",
+        "network",
+        "text",
+        "fit",
+        "sample",
+        "frames at once",
+        "decode",
+    ):
         table.add_column(column, justify="left" if column in ("model", "") else "right")
     try:
         for name in given.names or [name for name in ARCHITECTURES if name not in ("mini", "sd15")]:
@@ -186,6 +211,7 @@ def main() -> None:
                         name,
                         str(side),
                         "--low-memory" if low else "",
+                        f"{got['tflop']:.3g}",
                         *cells,
                         str(got["frames"]),
                         f"{got['decode']:.1f}",

@@ -62,6 +62,7 @@ def variants() -> list[Variant]:
     fits = [
         FitConfig(steps=50, draws=2, learning_rate=1e-3, decay=True),
         FitConfig(steps=23, draws=4, learning_rate=3e-4, decay=True),
+        FitConfig(steps=12, draws=4, learning_rate=1e-3, decay=True),
         FitConfig(steps=12, draws=8, learning_rate=6e-3, decay=True),
         FitConfig(steps=46, draws=1, learning_rate=2e-3, decay=True),
     ]
@@ -72,7 +73,7 @@ def variants() -> list[Variant]:
         Variant("insert, exact ends", PAPER_FIT, replace(PAPER, exact_ends=True), INSERT),
         Variant("insert, fit to 0", replace(PAPER_FIT, decay=True), PAPER, INSERT),
         Variant("20 steps", PAPER_FIT, replace(PAPER, steps=20), INSERT),
-        *(Variant(f"{steps} steps, exact", FAST_FIT, replace(FAST, steps=steps), INSERT) for steps in (50, 12, 8)),
+        *(Variant(f"{steps} steps, exact", FAST_FIT, replace(FAST, steps=steps), INSERT) for steps in (50, 20, 12, 5)),
         *(Variant(describe(fit), fit, FAST, INSERT) for fit in fits),
         Variant("no LoRA", None, FAST, INSERT),
         *(

@@ -2,8 +2,9 @@
 
     python benchmarks/memory.py sdxl flux-dev     # or none, for all architectures: the table of docs/models.md
 
-Every tensor is a shape alone. Each that lives is counted with its bytes while a step of the fit, of sampling and a decoding run as
-they do on a machine, with attention that stores no scores (flash). Left out is what an allocator wastes and what kernels use inside.
+Every tensor is a shape alone. Each that lives is counted with its bytes while a step of the fit, of sampling and a decoding
+run as they do on a machine, with attention that stores no scores (flash). Left out is what an allocator wastes and what
+kernels use inside.
 """
 
 from __future__ import annotations

@@ -265,7 +265,7 @@ def test_info_lists_versions_devices_and_models(tmp_path: Path) -> None:
     assert torch.__version__ in rows["torch"]
     assert "cpu" in rows
     assert "bundled" in rows["mini"] and "not for photographs" in rows["mini"]
-    assert "13.9 GB to fetch; 18.4 GB on a GPU, 9.4 with --low-memory" in " ".join(done.stdout.split())
+    assert "13.9 GB to fetch; 19.3 GB on a GPU, 9.9 with --low-memory" in " ".join(done.stdout.split())
     assert all(len(spec.described()) > len(spec.about) + 10 for spec in CATALOG.values())
     assert "in the cache" in rows["sd15"]
     assert "not downloaded" in rows["sd21"]

@@ -32,6 +32,7 @@ from diffmorpher.files.films import contact_sheet
 from diffmorpher.files.pictures import fit_image, load_image
 from diffmorpher.method.perceptual import perceptual_distance
 from diffmorpher.models.catalog import CATALOG, ModelSpec
+from diffmorpher.models.levels import Level, NoiseSchedule
 from diffmorpher.path import to_pixels
 from diffmorpher.progress import quiet_bars
 from diffmorpher.settings import parse_size
@@ -42,7 +43,8 @@ FIGURES = ("ppl", "pdv", "end_distance", "end_psnr", "roughness", "ghost")
 
 @dataclass(frozen=True)
 class Variant:
-    """inversion: the rule, None for the family's. blocks: attention is mixed in sites whose path has this in it."""
+    """inversion: the rule, None for the family's. blocks: attention is mixed in sites whose path has this in it. shift: of a
+    flow's levels s to shift s / (1 + (shift - 1) s); below 1 they are denser near the picture, above it near the noise."""
 
     name: str
     fit: FitConfig | None
@@ -50,6 +52,7 @@ class Variant:
     schedule: ScheduleConfig
     inversion: Literal["plain", "uni"] | None = None
     blocks: str = ""
+    shift: float = 1.0
 
 
 PAPER_FIT, FAST_FIT = FitConfig(), CATALOG["mini"].fit
@@ -89,13 +92,14 @@ def flow_variants(own: ModelSpec) -> list[Variant]:
     """A flow family's own settings, and others, one change at a time."""
     fit, sample = own.fit, own.sample
     lost = replace(sample, exact_ends=False)
-    fits = [replace(fit, learning_rate=rate) for rate in (3e-4, 1e-3)]
+    fits = [replace(fit, learning_rate=rate) for rate in (3e-4, 1e-3)] + [replace(fit, steps=100)]
     fits += [FitConfig(steps=50, draws=4, learning_rate=1e-3, decay=True)]
     kinds: list[dict[str, Any]] = [
         *({"attention_lambda": share} for share in (0.0, 0.3, 1.0)),
         {"attention_mode": "kv"},
         {"adain": False},
         *({"steps": steps} for steps in (28, 20)),
+        {"guidance_scale": 2.0},
     ]
     return [
         Variant("the family's", fit, sample, INSERT),
@@ -106,6 +110,8 @@ def flow_variants(own: ModelSpec) -> list[Variant]:
             Variant(", ".join(f"{k} {v}" for k, v in each.items()), fit, replace(sample, **each), INSERT)
             for each in kinds
         ),
+        Variant("levels denser near the picture", fit, sample, INSERT, shift=1 / 3),
+        Variant("levels denser near the noise", fit, sample, INSERT, shift=3.0),
         Variant("joint blocks alone", fit, sample, INSERT, blocks=".transformer_blocks."),
         Variant("single blocks alone", fit, sample, INSERT, blocks=".single_transformer_blocks."),
         *(Variant(describe(each), each, sample, INSERT) for each in fits),
@@ -114,6 +120,12 @@ def flow_variants(own: ModelSpec) -> list[Variant]:
 
 def describe(fit: FitConfig) -> str:
     return f"fit {fit.steps} x {fit.draws}, {fit.learning_rate:g}{' to 0' if fit.decay else ''}"
+
+
+def shifted(backbone: Any, steps: int, shift: float) -> NoiseSchedule:
+    even = [i / steps for i in range(steps + 1)]
+    levels = [shift * s / (1 + (shift - 1) * s) for s in even]
+    return NoiseSchedule.straight([Level(1 - s, s, s * backbone.time_scale) for s in levels])
 
 
 def run(
@@ -125,6 +137,10 @@ def run(
     backbone.inversion = variant.inversion or type(backbone).inversion
     sites = type(backbone).attention_sites(backbone)
     backbone.attention_sites = lambda: [site for site in sites if variant.blocks in f".{site.layer}"]
+    if variant.shift != 1:
+        backbone.schedule = lambda steps: shifted(backbone, steps, variant.shift)
+    else:
+        vars(backbone).pop("schedule", None)
     fit, rows = variant.fit, morpher.backbone.unet_rows
     if fit not in loras:
         loras[fit] = morpher.fit_all(images, pair.prompts, fit, size=size) if fit else None

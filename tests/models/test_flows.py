@@ -441,7 +441,13 @@ def test_a_quick_film_takes_the_attention_that_a_flow_can_have(family: str, tmp_
     MAKERS[family]().save_pretrained(tmp_path / "model")
     for k, picture in enumerate(PICTURES[:2]):
         Image.fromarray(picture).save(tmp_path / f"{k}.png")
-    arguments = ["morph", *(str(tmp_path / f"{k}.png") for k in range(2)), "--model", str(tmp_path / "model"), "--preview"]
+    arguments = [
+        "morph",
+        *(str(tmp_path / f"{k}.png") for k in range(2)),
+        "--model",
+        str(tmp_path / "model"),
+        "--preview",
+    ]
     options = ["-o", str(tmp_path / "x.mp4"), "--frames", "4", "--steps", "2", "--device", "cpu", "--size", "32x32"]
     result = CliRunner().invoke(app, [*arguments, *options])
     assert result.exit_code == 0, result.output

@@ -1,6 +1,6 @@
 """Networks whose linear layers are quantised, against the same networks with what these layers make of it written out.
 
-None of the packages comes with this project: those that are not installed are passed over.
+Of the packages only gguf comes with `make test`: the others are tested where somebody has installed them.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from conftest import tiny_pipeline
 from diffmorpher.cli import app
 from diffmorpher.cli.options import complete
 from diffmorpher.cluster.slots import choose_jobs
+from diffmorpher.config import SampleConfig
 from diffmorpher.errors import ConfigError, DataError
 from diffmorpher.evaluation.bench import parse_shard
 from diffmorpher.evaluation.datasets import load_dataset
@@ -29,6 +31,7 @@ from diffmorpher.evaluation.inception import Inception
 from diffmorpher.evaluation.report import _table, best_methods
 from diffmorpher.evaluation.results import compare, read_results, table
 from diffmorpher.evaluation.worker import Settings, result_key
+from diffmorpher.models.catalog import CATALOG
 
 SMALL = ("--frames", "4", "--steps", "2", "--lora-steps", "2", "--device", "cpu")
 
@@ -277,6 +280,16 @@ def test_a_key_changes_with_everything_that_matters(pairs: Path, model: Path) ->
     }
     assert len(keys) == 8
     assert result_key(pair, "ddim", Settings(("lora", "ddim"), model=str(model))) in keys  # company does not
+
+
+def test_a_new_recommendation_is_another_result(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = load_dataset(str(pairs)).pairs[0]
+    methods = ("ddim", "diffmorpher-fast")
+    before = [result_key(pair, method, Settings(methods)) for method in methods]
+    other = replace(CATALOG["mini"], sample=SampleConfig(steps=7))
+    monkeypatch.setitem(CATALOG, "mini", other)
+    after = [result_key(pair, method, Settings(methods)) for method in methods]
+    assert before[0] == after[0] and before[1] != after[1]
 
 
 def test_shards_and_jobs() -> None:

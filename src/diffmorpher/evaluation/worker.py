@@ -8,7 +8,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,12 +22,12 @@ from ..files.cache import default_cache
 from ..files.films import save_film
 from ..files.pictures import fit_image, load_image
 from ..method.perceptual import perceptual_distance
-from ..models.catalog import CATALOG
+from ..models.catalog import CATALOG, spec_of
 from ..morpher import Morpher
 from ..path import to_pil, to_pixels
 from ..settings import BY_NAME, LIMITS, check_size
 from .datasets import Pair
-from .methods import Effort, clear_paths, resolve_methods, run_method
+from .methods import METHODS, Effort, clear_paths, resolve_methods, run_method
 from .metrics import figures, perceptual_features
 
 #: Part of every key: raise it when what a result holds changes its meaning.
@@ -195,11 +195,18 @@ def result_key(pair: Pair, method: str, settings: Settings) -> str:
         "model": settings.model,
         "model_files": _model_digest(settings.model),
         **({"prediction": settings.prediction} if settings.prediction else {}),
+        **({"suits": _suits(settings.model)} if METHODS[method].of_the_model else {}),
         **({"dtype": settings.dtype} if settings.dtype else {}),
         **({"vae": _model_digest(settings.vae)} if settings.vae else {}),
         "version": version("diffmorpher"),
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _suits(model: str) -> list[Any]:
+    """What the catalog recommends, so that what was made with an older recommendation is made anew."""
+    spec = spec_of(model)
+    return [spec.fit.described(), asdict(spec.sample), spec.quick_attention]
 
 
 def _model_digest(model: str) -> list[Any]:

@@ -59,7 +59,7 @@ CATALOG: dict[str, ModelSpec] = {
     "mini": ModelSpec(
         str(ASSETS / "mini"),
         "bundled: small, 3D emoji, 256 x 256",
-        # A third of the paper's U-Net rows for films as even, with the same ends: benchmarks/README.md.
+        # A quarter of the paper's U-Net rows for shorter films and nearer ends: benchmarks/README.md.
         fit=FitConfig(steps=23, draws=4, learning_rate=1e-3, decay=True),
         sample=SampleConfig(steps=8, exact_ends=True),
         suits="3D emoji and such things on white, not for photographs",

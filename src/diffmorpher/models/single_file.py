@@ -6,7 +6,6 @@ folder of the same name beside the file (`model.safetensors`, `model/`), which w
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -22,11 +21,10 @@ from safetensors import safe_open
 
 from ..errors import ModelError
 from .clip_vocabulary import CONFIGS, clip_tokenizer
-from .families import FAMILIES, Family, Shapes, family
+from .families import FAMILIES, Family, Shapes, family, for_editing
+from .unsuited import check_class, few_steps_by_name, few_steps_sentence, read_index
 
 Prediction = Literal["epsilon", "v"]
-#: Names that few-step models go by; their keys are those of the models that they were made from.
-_FEW_STEP_NAMES = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|dmd2?|schnell|distilled)(?![a-z])")
 #: Texts of a header, by what in them means v and what epsilon: modelspec's, then that of kohya's trainer.
 _SAYS = {
     "modelspec.prediction_type": (r"^v", r"^eps"),
@@ -66,7 +64,8 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        return family(self.shapes)
+        found = family(self.shapes)
+        return for_editing(self.file.stem, found) or found
 
     @property
     def folder(self) -> Path | None:
@@ -92,12 +91,9 @@ class Checkpoint:
     @property
     def few_steps(self) -> str:
         """A sentence for a file whose name says that it is distilled, else nothing."""
-        name = self.file.stem.lower()
-        if not _FEW_STEP_NAMES.search(name) and (self.family != FAMILIES["flux2-klein"] or "base" in name):
-            return ""
-        return (
-            f"{self.file.name} goes by the name of a few-step model, which morphs badly: take the one it was made from."
-        )
+        name = self.file.name
+        klein = self.family == FAMILIES["flux2-klein"] and "base" not in name.lower()
+        return few_steps_sentence(name) if klein else few_steps_by_name(name)
 
     def check(self, prediction: Prediction | None = None, vae: bool = False) -> Path:
         """The folder of its configuration. Raises `ModelError`, which says what to take instead, if it cannot be used.
@@ -108,6 +104,7 @@ class Checkpoint:
         if found.instead and not (self.folder and found == FAMILIES["unknown"]):
             raise ModelError(f"{self.file.name} holds {found.name}: {found.instead}.")
         if self.folder:
+            check_class(str(read_index(self.folder).get("_class_name")))
             return self.folder
         if not found.config:
             raise ModelError(
@@ -164,8 +161,9 @@ def load_single_file(
             network = getattr(diffusers, found.network).from_single_file(
                 place, config=str(config), subfolder="transformer", **options
             )
-        index = json.loads((config / "model_index.json").read_text("utf-8"))
-        left_out = {part: None for part, of in index.items() if of == [None, None]}  # a T5 that is done without
+        left_out = {
+            part: None for part, of in read_index(config).items() if of == [None, None]
+        }  # a T5 that is done without
         pipe = kind.from_pretrained(str(config), transformer=network, **another, **left_out, **options)
     else:
         with with_small_letters(file) as place:

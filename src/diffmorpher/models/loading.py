@@ -185,6 +185,8 @@ def load_pipeline(
                 wanted = choose_dtype(None, device, count_parameters(folder))
             if vae:
                 options["vae"] = load_vae(vae, _vae_config(place, parts), wanted)
+            # Of a T5 that is done without diffusers says that it is missing.
+            options = {part: None for part, of in parts.items() if of in ([None, None], (None, None))} | options
             with of_any_class() if vae else nullcontext():
                 pipe = DiffusionPipeline.from_pretrained(place, dtype=wanted, **options)
             pipe = predicting(pipe, prediction)

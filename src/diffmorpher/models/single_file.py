@@ -18,10 +18,12 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ..errors import ModelError
 from .clip_vocabulary import CONFIGS, clip_tokenizer
 from .families import FAMILIES, Family, Shapes, family, for_editing
+from .memory import is_out_of_memory
 from .unsuited import check_class, few_steps_by_name, few_steps_sentence, read_index
 
 Prediction = Literal["epsilon", "v"]
@@ -34,6 +36,8 @@ _SAYS = {
 #: Names that say v, or epsilon, of any family; and those of Stable Diffusion 2's own files: 768-v-ema, v2-1_512-ema-pruned.
 _NAMED = (r"v[-_ ]?pred", r"eps[-_ ]?pred|epsilon|(?<![a-z])eps(?![a-z])")
 _NAMED_SD2 = (r"768|(?<![a-z0-9])v(?![a-z0-9])", r"512|(?<![a-z])base(?![a-z])")
+#: Pipelines whose text encoders diffusers reads from the same file; those of the others come from the folder.
+_WHOLE = ("StableDiffusion3Pipeline", "FluxPipeline")
 #: What a whole checkpoint also holds, by the beginnings of the keys.
 _PARTS = {"a VAE": ("first_stage_model.", "vae."), "a text encoder": ("cond_stage_model.", "conditioner.")}
 
@@ -149,28 +153,48 @@ def load_single_file(
     if checkpoint.few_steps:
         warnings.warn(checkpoint.few_steps, stacklevel=2)
     kind = getattr(diffusers, found.pipeline or FAMILIES["sd1"].pipeline)
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    another = {} if vae is None else {"vae": vae(config)}
     bundled = not checkpoint.folder
+    # A T5 that is done without: diffusers says that it is missing.
+    options: dict[str, Any] = {part: None for part, of in read_index(config).items() if of == [None, None]}
+    options |= {"dtype": dtype, "local_files_only": True}
     if bundled:
         options |= {folder.name: clip_tokenizer(folder) for folder in sorted(config.glob("tokenizer*"))}
     elif kind is diffusers.StableDiffusionPipeline:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if found.network and not any(key.startswith("text_encoders.") for key in checkpoint.shapes):
-        with with_small_letters(file) as place:
-            network = getattr(diffusers, found.network).from_single_file(
-                place, config=str(config), subfolder="transformer", **options
-            )
-        left_out = {
-            part: None for part, of in read_index(config).items() if of == [None, None]
-        }  # a T5 that is done without
-        pipe = kind.from_pretrained(str(config), transformer=network, **another, **left_out, **options)
+    if vae is not None:
+        options["vae"] = vae(config)
+    has_texts = any(key.startswith("text_encoders.") for key in checkpoint.shapes)
+    if found.network and not (has_texts and found.pipeline in _WHOLE):
+        network = _network(file, found, config, dtype)
+        pipe = kind.from_pretrained(str(config), transformer=network, **options)
     else:
         with with_small_letters(file) as place:
-            pipe = kind.from_single_file(place, config=str(config), **another, **options)
+            pipe = kind.from_single_file(place, config=str(config), **options)
     _check_whole(pipe, file.name, found.name)
     says = prediction or (checkpoint.prediction if bundled else None)
     return predicting(pipe, says, zero_snr=bundled and "ztsnr" in checkpoint.shapes)
+
+
+def _network(file: Path, found: Family, config: Path, dtype: torch.dtype) -> Any:
+    """The transformer of a file, whatever else the file holds. Raises `ModelError` for one that diffusers cannot read."""
+    import diffusers
+
+    weights, prefix = load_file(file), "model.diffusion_model."  # which not all of diffusers' converters take off
+    named = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
+    try:
+        network = getattr(diffusers, found.network).from_single_file(
+            named or weights, config=str(config), subfolder="transformer", dtype=dtype, local_files_only=True
+        )
+    except OSError:  # of the configuration: says what it lacks
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{file.name} is not a whole {found.name} file, or not one that diffusers {diffusers.__version__} can read: take "
+            "another copy, or the model's diffusers folder."
+        ) from error
+    return network
 
 
 @contextmanager

@@ -93,9 +93,9 @@ def family(shapes: Shapes) -> Family:
         return FAMILIES["lora"]
     if any_is(r"^control_model\.|^controlnet_|^input_hint_block\.|^control_all_x_embedder\."):
         return FAMILIES["controlnet"]
-    if any_is(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant)$"):
+    if any_is(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax)$"):
         return Family(
-            "weights with scales of their own (scaled fp8), which are not read",
+            "weights with scales of their own (scaled fp8, nf4), which are not read",
             instead="take the same model in bfloat16, float16 or plain fp8",
         )
     if has("input_blocks.0.0.weight"):

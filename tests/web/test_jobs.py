@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 from servers import Server
 
+from conftest import tiny_pipeline
 from diffmorpher import FitConfig, Morpher, Recipe
 from diffmorpher.cli.checks import check_port, parse_auth
 from diffmorpher.errors import Cancelled, ConfigError, DiffMorpherError, ImageError, SoundError
@@ -91,6 +92,7 @@ def test_the_command_says_what_differs_and_quotes_what_a_shell_would_split() -> 
         {"no_lora": True, "fix_lora": 0.5, "guidance": 2.5, "seed": 7, "resize": "pad", "attention_lambda": 0.25},
         {"lora_steps": 9, "lora_rank": 4, "loop": True, "ping_pong": True, "model": "sd15"},
         {"preset": "paper", "steps": 9, "model": "sd15"},
+        {"model": "sd21-base", "prediction": "v"},
         {"preset": "preview", "frames": 5},
         {"seconds": "3.5", "hold": "0.5, 1", "stretch": [2], "ease": "in-out", "reverse": True},
         {"stretch": "2", "frames": 30, "size": "16:9", "resize": "blur", "focus": "center; 0.2, 0.7"},
@@ -133,6 +135,7 @@ def test_the_command_is_one_that_the_command_line_accepts(settings: dict[str, An
         ({"fps": 0}, "fps"),
         ({"fps": 0.5}, "fps is 0.5, but must be at least 1 on this page"),
         ({"fps": 61}, "at most 60 on this page"),
+        ({"prediction": "sample"}, 'the prediction is \'sample\', but must be "epsilon" or "v"'),
         ({"guidance": 16}, "at most 15 on this page"),
         ({"preset": "best"}, "preset is 'best'"),
         ({"preset": ["paper"]}, r"preset is \['paper'\]"),
@@ -160,6 +163,7 @@ def test_a_seed_is_exact_as_text_too() -> None:
         {},
         {"preset": "paper", "fps": 12.0, "lora_steps": 9},
         {"preset": "preview", "size": "64x96"},
+        {"model": "sd21-base", "prediction": "epsilon"},
         {"preset": "paper", "steps": 20, "lora_steps": 23},  # the model's own, but not the preset's
         {"adain": False, "loop": True, "no_lora": True, "seed": 3, "attention_lambda": 0.2, "model": "sd15"},
         {
@@ -231,6 +235,7 @@ def test_films_are_the_same_frames_whatever_only_says_how_they_are_played() -> N
         *({"loop": True}, {"frames": 9}, {"seconds": 3.0}, {"seed": 1}, {"size": (64, 64)}, {"prompt": ["a", "c"]}),
         *({"steps": 9}, {"adain": False}, {"guidance": 2.0}, {"reschedule": False}, {"ease": "in"}, {"lora_steps": 9}),
         *({"no_lora": True}, {"resize": "pad"}, {"focus": ["0,0"]}, {"transparent": True}, {"model": "sd15"}),
+        {"prediction": "v"},
     ]
     keys = [key(**each) for each in ({}, *others)]
     assert len(set(keys)) == len(keys)
@@ -329,6 +334,20 @@ def test_only_the_file_is_written_again_where_frames_do_not_change(studio: Studi
     }
     assert Recipe.read(kept.recipe).fps == 8 and Recipe.read(kept.video).fps == 8
     assert not morph(studio, ann, frames=4).again and not morph(studio, ann, frames=4, seed=1).again
+
+
+def test_what_the_network_predicts_is_the_films_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said on the page, kept in its film and its command, and forgotten by the next one."""
+    tiny_pipeline().save_pretrained(tmp_path / "tiny")
+    monkeypatch.setitem(CATALOG, "mini", replace(CATALOG["mini"], source=str(tmp_path / "tiny")))
+    studio = Studio(tmp_path / "root")
+    ann = visit(studio, "ann", "pear", "rose")
+    films = [morph(studio, ann, prediction=each, size="32x32") for each in ("", "v", "")]
+    plain, told, again = ([frame.tobytes() for frame in film.result.frames] for film in films)
+    assert plain == again != told
+    assert " --prediction v" in films[1].command and "prediction" not in films[0].command + films[2].command
+    assert fields_of(Recipe.read(films[1].video))[0]["prediction"] == "v"
+    studio.close()
 
 
 def test_a_visitor_comes_back_for_a_while(tmp_path: Path) -> None:

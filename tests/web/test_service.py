@@ -246,6 +246,18 @@ def test_pacing_and_framing_are_the_library_s(client: TestClient, store: Store, 
     assert "fit" in stages, "a crop elsewhere is another picture"
 
 
+def test_what_the_network_predicts_can_be_said(client: TestClient, store: Store, tmp_path: Path) -> None:
+    quick: dict[str, Any] = {"frames": 3, "no_lora": True, "reschedule": False}
+    job = finished(client, asked(client, **quick, prediction="v"))
+    film = client.get(f"/jobs/{job['id']}/film.mp4").content
+    recipe, pictures = gather(Recipe.read(store.folder(job["id"]) / "recipe.toml"))
+    told = Morpher.from_pretrained("mini", prediction="v")
+    told.make(recipe, pictures).save(tmp_path / "wanted.mp4")
+    assert film == (tmp_path / "wanted.mp4").read_bytes()
+    plain = finished(client, asked(client, **quick))
+    assert client.get(f"/jobs/{plain['id']}/film.mp4").content != film
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [

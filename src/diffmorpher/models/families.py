@@ -65,6 +65,16 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+#: Models that edit pictures with the layers of one that makes them: a pattern of their names, that one, and what they are.
+_EDITING = (
+    (r"kontext", "flux", Family("FLUX.1 Kontext, which edits pictures", instead="take FLUX.1 dev")),
+    (
+        r"qwen[-_ ]?image[-_ ]?edit",
+        "qwen-image",
+        Family("Qwen-Image-Edit, which edits pictures", instead="take Qwen-Image"),
+    ),
+)
+
 #: What U-Nets other than text-to-image ones take beside the noisy latents, by their input channels.
 _EXTRA = {5: "with depth", 7: "for upscaling", 8: "for editing", 9: "for inpainting"}
 
@@ -83,6 +93,11 @@ def family(shapes: Shapes) -> Family:
         return FAMILIES["lora"]
     if any_is(r"^control_model\.|^controlnet_|^input_hint_block\.|^control_all_x_embedder\."):
         return FAMILIES["controlnet"]
+    if any_is(r"(^|\.)(scaled_fp8|scale_weight|weight_scale|comfy_quant|absmax)$"):
+        return Family(
+            "weights with scales of their own (scaled fp8, nf4), which are not read",
+            instead="take the same model in bfloat16, float16 or plain fp8",
+        )
     if has("input_blocks.0.0.weight"):
         return _unet(shapes)
     if has("joint_blocks.0.context_block.adaLN_modulation.1.bias"):
@@ -109,6 +124,21 @@ def family(shapes: Shapes) -> Family:
     if any_is(r"(^|\.)text_model\.|^shared\.weight$|resblocks\.0\.attn\.|^model\.layers\.0\.self_attn\."):
         return FAMILIES["text-encoder"]
     return FAMILIES["unknown"]
+
+
+def for_editing(name: str, made_from: Family | None = None) -> Family | None:
+    """The model that edits pictures which a file, a folder or a pipeline's class is named after; None for any other name.
+
+    made_from: what the keys say, which are those of the model that it was made from; None where they are not known.
+    """
+    return next(
+        (
+            edits
+            for pattern, base, edits in _EDITING
+            if re.search(pattern, name.lower()) and made_from in (None, FAMILIES[base])
+        ),
+        None,
+    )
 
 
 def family_of_file(file: Path) -> Family:

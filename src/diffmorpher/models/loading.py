@@ -25,6 +25,7 @@ from .single_file import Prediction, load_single_file, predicting
 from .stable_diffusion import StableDiffusion
 from .stable_diffusion_3 import StableDiffusion3
 from .stable_diffusion_xl import StableDiffusionXL
+from .unsuited import check_class, check_suits
 from .vae import check_fits, load_vae, of_any_class
 from .z_image import ZImage
 
@@ -119,16 +120,23 @@ def _count_in(file: Path) -> int:
 
 
 def as_backbone(pipe: Any, name: str = "", low_memory: bool = False, tf32: bool = False) -> Backbone:
-    """A pipeline as the method sees it, by its family. Raises `ModelError` for one of a family that is not known."""
+    """A pipeline as the method sees it, by its family. Raises `ModelError` for one of a family that is not known.
+
+    Warns of one that is distilled to a few steps, where its name or scheduler says so.
+    """
     transformer = getattr(pipe, "transformer", None)
     if transformer is not None:
         family = next((each for each in FLOWS if isinstance(transformer, each.network_class)), None)
         if family is None:
             names = ", ".join(each.family for each in UNETS + FLOWS)
             raise ModelError(f"{type(pipe).__name__} is of a family that is not supported; there are {names}.")
-        return family(pipe, name, low_memory, tf32)
+        backbone = family(pipe, name, low_memory, tf32)
+        check_suits(pipe, backbone.name)
+        return backbone
     xl = getattr(pipe, "text_encoder_2", None) is not None
-    return UNETS[xl](pipe, name, low_memory, tf32)
+    backbone = UNETS[xl](pipe, name, low_memory, tf32)
+    check_suits(pipe, backbone.name)
+    return backbone
 
 
 def load_pipeline(
@@ -166,6 +174,7 @@ def load_pipeline(
             if source.parent == ASSETS:
                 check_sums(source)
             parts = DiffusionPipeline.load_config(place)
+            check_class(str(parts.get("_class_name")))  # before gigabytes are fetched
             if "safety_checker" not in parts:
                 options = {}
             if source.is_dir():
@@ -176,6 +185,8 @@ def load_pipeline(
                 wanted = choose_dtype(None, device, count_parameters(folder))
             if vae:
                 options["vae"] = load_vae(vae, _vae_config(place, parts), wanted)
+            # Of a T5 that is done without diffusers says that it is missing.
+            options = {part: None for part, of in parts.items() if of in ([None, None], (None, None))} | options
             with of_any_class() if vae else nullcontext():
                 pipe = DiffusionPipeline.from_pretrained(place, dtype=wanted, **options)
             pipe = predicting(pipe, prediction)

@@ -6,7 +6,6 @@ folder of the same name beside the file (`model.safetensors`, `model/`), which w
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,14 +18,15 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from ..errors import ModelError
 from .clip_vocabulary import CONFIGS, clip_tokenizer
-from .families import FAMILIES, Family, Shapes, family
+from .families import FAMILIES, Family, Shapes, family, for_editing
+from .memory import is_out_of_memory
+from .unsuited import check_class, few_steps_by_name, few_steps_sentence, read_index
 
 Prediction = Literal["epsilon", "v"]
-#: Names that few-step models go by; their keys are those of the models that they were made from.
-_FEW_STEP_NAMES = re.compile(r"(?<![a-z])(turbo|lightning|lcm|hyper|dmd2?|schnell|distilled)(?![a-z])")
 #: Texts of a header, by what in them means v and what epsilon: modelspec's, then that of kohya's trainer.
 _SAYS = {
     "modelspec.prediction_type": (r"^v", r"^eps"),
@@ -36,6 +36,8 @@ _SAYS = {
 #: Names that say v, or epsilon, of any family; and those of Stable Diffusion 2's own files: 768-v-ema, v2-1_512-ema-pruned.
 _NAMED = (r"v[-_ ]?pred", r"eps[-_ ]?pred|epsilon|(?<![a-z])eps(?![a-z])")
 _NAMED_SD2 = (r"768|(?<![a-z0-9])v(?![a-z0-9])", r"512|(?<![a-z])base(?![a-z])")
+#: Pipelines whose text encoders diffusers reads from the same file; those of the others come from the folder.
+_WHOLE = ("StableDiffusion3Pipeline", "FluxPipeline")
 #: What a whole checkpoint also holds, by the beginnings of the keys.
 _PARTS = {"a VAE": ("first_stage_model.", "vae."), "a text encoder": ("cond_stage_model.", "conditioner.")}
 
@@ -66,7 +68,8 @@ class Checkpoint:
 
     @cached_property
     def family(self) -> Family:
-        return family(self.shapes)
+        found = family(self.shapes)
+        return for_editing(self.file.stem, found) or found
 
     @property
     def folder(self) -> Path | None:
@@ -92,12 +95,9 @@ class Checkpoint:
     @property
     def few_steps(self) -> str:
         """A sentence for a file whose name says that it is distilled, else nothing."""
-        name = self.file.stem.lower()
-        if not _FEW_STEP_NAMES.search(name) and (self.family != FAMILIES["flux2-klein"] or "base" in name):
-            return ""
-        return (
-            f"{self.file.name} goes by the name of a few-step model, which morphs badly: take the one it was made from."
-        )
+        name = self.file.name
+        klein = self.family == FAMILIES["flux2-klein"] and "base" not in name.lower()
+        return few_steps_sentence(name) if klein else few_steps_by_name(name)
 
     def check(self, prediction: Prediction | None = None, vae: bool = False) -> Path:
         """The folder of its configuration. Raises `ModelError`, which says what to take instead, if it cannot be used.
@@ -108,6 +108,7 @@ class Checkpoint:
         if found.instead and not (self.folder and found == FAMILIES["unknown"]):
             raise ModelError(f"{self.file.name} holds {found.name}: {found.instead}.")
         if self.folder:
+            check_class(str(read_index(self.folder).get("_class_name")))
             return self.folder
         if not found.config:
             raise ModelError(
@@ -152,27 +153,48 @@ def load_single_file(
     if checkpoint.few_steps:
         warnings.warn(checkpoint.few_steps, stacklevel=2)
     kind = getattr(diffusers, found.pipeline or FAMILIES["sd1"].pipeline)
-    options: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
-    another = {} if vae is None else {"vae": vae(config)}
     bundled = not checkpoint.folder
+    # A T5 that is done without: diffusers says that it is missing.
+    options: dict[str, Any] = {part: None for part, of in read_index(config).items() if of == [None, None]}
+    options |= {"dtype": dtype, "local_files_only": True}
     if bundled:
         options |= {folder.name: clip_tokenizer(folder) for folder in sorted(config.glob("tokenizer*"))}
     elif kind is diffusers.StableDiffusionPipeline:
         options |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    if found.network and not any(key.startswith("text_encoders.") for key in checkpoint.shapes):
-        with with_small_letters(file) as place:
-            network = getattr(diffusers, found.network).from_single_file(
-                place, config=str(config), subfolder="transformer", **options
-            )
-        index = json.loads((config / "model_index.json").read_text("utf-8"))
-        left_out = {part: None for part, of in index.items() if of == [None, None]}  # a T5 that is done without
-        pipe = kind.from_pretrained(str(config), transformer=network, **another, **left_out, **options)
+    if vae is not None:
+        options["vae"] = vae(config)
+    has_texts = any(key.startswith("text_encoders.") for key in checkpoint.shapes)
+    if found.network and not (has_texts and found.pipeline in _WHOLE):
+        network = _network(file, found, config, dtype)
+        pipe = kind.from_pretrained(str(config), transformer=network, **options)
     else:
         with with_small_letters(file) as place:
-            pipe = kind.from_single_file(place, config=str(config), **another, **options)
+            pipe = kind.from_single_file(place, config=str(config), **options)
     _check_whole(pipe, file.name, found.name)
     says = prediction or (checkpoint.prediction if bundled else None)
     return predicting(pipe, says, zero_snr=bundled and "ztsnr" in checkpoint.shapes)
+
+
+def _network(file: Path, found: Family, config: Path, dtype: torch.dtype) -> Any:
+    """The transformer of a file, whatever else the file holds. Raises `ModelError` for one that diffusers cannot read."""
+    import diffusers
+
+    weights, prefix = load_file(file), "model.diffusion_model."  # which not all of diffusers' converters take off
+    named = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
+    try:
+        network = getattr(diffusers, found.network).from_single_file(
+            named or weights, config=str(config), subfolder="transformer", dtype=dtype, local_files_only=True
+        )
+    except OSError:  # of the configuration: says what it lacks
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{file.name} is not a whole {found.name} file, or not one that diffusers {diffusers.__version__} can read: take "
+            "another copy, or the model's diffusers folder."
+        ) from error
+    return network
 
 
 @contextmanager

@@ -41,6 +41,11 @@ class StableDiffusion(Backbone):
                 f"the U-Net takes {unet.in_channels} channels where the VAE gives {vae.latent_channels}; inpainting and "
                 "depth models cannot be used, take the text-to-image model they were made from."
             )
+        if unet.time_cond_proj_dim is not None:
+            raise ModelError(
+                f"{self.name} is a consistency model (LCM), distilled to a few steps, which cannot be inverted; take the model "
+                "that it was made from."
+            )
         self.size_multiple = self.vae_factor
         self.smallest_side = self.vae_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
         kind, facts = type(pipe.scheduler).__name__, pipe.scheduler.config

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
@@ -170,9 +170,9 @@ class Studio:
 
     # ---- the model
 
-    def load(self, model: str) -> Morpher:
+    def load(self, model: str, prediction: Literal["epsilon", "v"] | None = None) -> Morpher:
         """The model, loaded once; another one takes its place. To be called by a job alone. Raises `ModelError`."""
-        return self.model.load(Recipe(model=model))
+        return self.model.load(Recipe(model=model, prediction=prediction))
 
     def _let_go(self) -> None:
         """Of what holds the model."""
@@ -239,7 +239,7 @@ class Studio:
         def work(progress: ProgressCallback) -> Film:
             started = time.monotonic()
             progress("load", 0, 1)
-            morpher = self.load(recipe.model)
+            morpher = self.load(recipe.model, recipe.prediction)
             progress("load", 1, 1)
             before, made_of = session.film, frames_key(recipe, images, path_file, loras, audio)
             if path_file is not None:

@@ -24,7 +24,7 @@ def fit_key(recipe: Recipe) -> str:
     """Of everything that a prepared path depends on."""
     loras = tuple((file_hash(file), weight) for file, weight in map(split_weight, recipe.loras))
     options = path_options(recipe) | {"loras": loras, "loop": None}
-    parts = (recipe.model, sorted(options.items()), recipe.style_hashes, recipe.picture_hashes)
+    parts = (recipe.model, recipe.prediction, sorted(options.items()), recipe.style_hashes, recipe.picture_hashes)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 

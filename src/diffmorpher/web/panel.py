@@ -38,12 +38,13 @@ _SLIDERS = {
 _CHOICES = {
     "resize": [("Crop", "crop"), ("Pad with white", "pad"), ("Pad with blur", "blur")],
     "ease": [("Even", "linear"), ("Slow start", "in"), ("Slow end", "out"), ("Both", "in-out")],
+    "prediction": [("As the model says", ""), ("Epsilon", "epsilon"), ("v", "v")],
     "quality": [("Small files", "small"), ("Good", "good"), ("Best", "best")],
 }
 #: The folded sections below the button, and the pairs of fields in them.
 _SECTIONS = {
     "Pacing and file": [["seconds", "hold"], ["stretch", "ease"], ["reverse", "transparent"], ["quality"]],
-    "Model and size": [["model"], ["size", "resize"], ["focus", "seed"]],
+    "Model and size": [["model"], ["size", "resize"], ["focus", "seed"], ["prediction"]],
     "Learning the pictures (LoRA)": [["no_lora"], ["lora_steps", "lora_rank"], ["lora_lr", "fix_lora"]],
     "Making the frames": [["steps", "attention_lambda"], ["adain", "reschedule"], ["guidance"]],
 }

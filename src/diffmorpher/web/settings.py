@@ -17,7 +17,8 @@ MOST = {"frames": 240, "fps": 60, "hold": 10, "guidance": 15, "steps": 200, "lor
 LEAST_FPS = 1
 MAX_PROMPT = 500  # characters
 
-#: The settings on the page, in its order. "preset" names one of `PRESETS`, or none.
+#: The settings on the page and of the service, in its order; a later one stands last, as programs may give them by place.
+#: "preset" names one of `PRESETS`, or none. Not `vae`: it would have the server read any file a visitor names.
 NAMES = (
     *(
         "model",
@@ -36,6 +37,7 @@ NAMES = (
     ),
     *("size", "resize", "focus", "seed", "no_lora", "lora_steps", "lora_rank"),
     *("lora_lr", "fix_lora", "steps", "attention_lambda", "adain", "reschedule", "guidance", "preset"),
+    "prediction",
 )
 _PLAIN = Recipe()
 

@@ -9,8 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import tiny_pipeline
-from diffmorpher import FitConfig, Morpher, SampleConfig
+from conftest import (
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_pipeline,
+    tiny_qwen_pipeline,
+    tiny_sd3_pipeline,
+    tiny_xl_pipeline,
+    tiny_z_image_pipeline,
+)
+from diffmorpher import FitConfig, Morpher, SampleConfig, ScheduleConfig
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
 FIT, SAMPLE = FitConfig(rank=2, steps=3, learning_rate=1e-2, draws=2), SampleConfig(steps=3)
@@ -47,6 +55,33 @@ def test_the_film_is_the_same_from_smaller_batches() -> None:
     assert not any(checkpointed for _, checkpointed in plain_batches)
     # Progress and rows are of the same work; the fit's batches are three times as many.
     assert sum(r for r, c in batches if c) == 3 * 3 * 2 == sum(r for r, _ in plain_batches[:3])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_xl_pipeline, tiny_flux_pipeline, tiny_flux2_pipeline, tiny_sd3_pipeline, tiny_z_image_pipeline, tiny_qwen_pipeline,
+    ],
+)  # fmt: skip
+def test_a_loop_of_every_other_family_is_the_same_too(make: Any) -> None:
+    """Which leads back through the frame half way that it came by, and ends before it repeats its first."""
+    films, batches = [], []
+    for low_memory in (False, True):
+        morpher, rows = Morpher(make(), low_memory=low_memory), []
+        morpher.backbone.network.register_forward_pre_hook(
+            lambda m, args, kwargs, rows=rows: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+        )
+        schedule = ScheduleConfig(enabled=False)
+        film = morpher(
+            PICTURES[:2], ["a cat", "a house"], 6, size=(32, 32), loop=True, fit=FIT, sample=SAMPLE, schedule=schedule
+        )
+        films.append(np.stack([np.asarray(frame).astype(int) for frame in film.frames]))
+        assert film.alphas == pytest.approx([i / 3 for i in range(6)]) and film.settings["loop"] is True
+        batches.append(max(rows))
+    plain, spared = films
+    assert np.abs(spared - plain).max() <= 2 and batches[1] < batches[0]
+    assert np.abs(plain[[4, 5]] - plain[[2, 1]]).max() <= 2  # the way back
+    assert all(np.abs(plain[i] - plain[j]).max() > 2 for i, j in ((0, 1), (1, 2), (2, 3)))
 
 
 def test_less_is_kept_for_the_way_back() -> None:

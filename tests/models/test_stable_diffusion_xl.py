@@ -75,9 +75,9 @@ def test_prompts_are_encoded_as_the_pipeline_does() -> None:
 
 
 def test_an_inverted_noise_leads_diffusers_back_to_the_picture_and_exact_ends_all_the_way() -> None:
-    """Half as long steps lose half as much; a random network is rougher than a trained one, so its last layer is made smaller."""
+    """Half as long steps lose half as much in the end, of a network that is smooth, as a trained one."""
     pipe = tiny_xl_pipeline()
-    pipe.unet.conv_out.weight.data.mul_(0.2)
+    pipe.unet.conv_out.weight.data.mul_(0.05)
     path = Morpher(pipe).prepare(PICTURES[:2], PROMPTS, fit=None, steps=10)
     ddim(pipe)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_an_inverted_noise_leads_diffusers_back_to_the_picture_and_exact_ends_al
         called = {"num_inference_steps": steps, "guidance_scale": 1.0, "width": 32, "height": 32, "output_type": "pt"}
         theirs = pipe(PROMPTS, latents=path.noises_at(steps), **called).images * 2 - 1
         lost.append(float((theirs - pictures).square().mean().sqrt()))
-    assert 3 < lost[0] / lost[2] < 6  # 4
+    assert 1.4 < lost[0] / lost[1] < lost[1] / lost[2] < 2.1  # towards 2
     exact = path.sample([0, 1], SampleConfig(steps=10, exact_ends=True), "latent")
     with torch.no_grad():
         ours = path.backbone.decode(exact)

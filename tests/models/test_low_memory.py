@@ -65,6 +65,7 @@ def test_the_film_is_the_same_from_smaller_batches() -> None:
 )  # fmt: skip
 def test_a_loop_of_every_other_family_is_the_same_too(make: Any) -> None:
     """Which leads back through the frame half way that it came by, and ends before it repeats its first."""
+    noise = np.random.default_rng(0).integers(0, 90, (32, 32, 3), dtype=np.uint8)
     films, batches = [], []
     for low_memory in (False, True):
         morpher, rows = Morpher(make(), low_memory=low_memory), []
@@ -72,16 +73,16 @@ def test_a_loop_of_every_other_family_is_the_same_too(make: Any) -> None:
             lambda m, args, kwargs, rows=rows: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
         )
         schedule = ScheduleConfig(enabled=False)
-        film = morpher(
-            PICTURES[:2], ["a cat", "a house"], 6, size=(32, 32), loop=True, fit=FIT, sample=SAMPLE, schedule=schedule
-        )
+        pictures, prompts = [noise, 255 - noise], ["a cat", "a house"]
+        film = morpher(pictures, prompts, 6, size=(32, 32), loop=True, fit=FIT, sample=SAMPLE, schedule=schedule)
         films.append(np.stack([np.asarray(frame).astype(int) for frame in film.frames]))
         assert film.alphas == pytest.approx([i / 3 for i in range(6)]) and film.settings["loop"] is True
         batches.append(max(rows))
     plain, spared = films
-    assert np.abs(spared - plain).max() <= 2 and batches[1] < batches[0]
-    assert np.abs(plain[[4, 5]] - plain[[2, 1]]).max() <= 2  # the way back
-    assert all(np.abs(plain[i] - plain[j]).max() > 2 for i, j in ((0, 1), (1, 2), (2, 3)))
+    assert np.abs(spared - plain).mean() < 0.01 and np.abs(spared - plain).max() <= 2 and batches[1] < batches[0]
+    assert np.abs(plain[[4, 5]] - plain[[2, 1]]).mean() < 0.01  # the way back
+    # By the mean, as Qwen-Image's tiny autoencoder makes all pictures nearly grey.
+    assert all(np.abs(plain[i] - plain[i + 1]).mean() > 0.1 for i in range(3))
 
 
 def test_less_is_kept_for_the_way_back() -> None:

@@ -18,6 +18,7 @@ from diffusers import (
     AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -49,6 +50,7 @@ from transformers import (
     Qwen3Model,
     T5Config,
     T5EncoderModel,
+    T5Tokenizer,
 )
 
 import diffmorpher
@@ -127,6 +129,20 @@ def tiny_pipeline(prediction_type: str = "epsilon", seed: int = 0, **changes: An
     return pipe
 
 
+def second_tokenizer() -> CLIPTokenizer:
+    """As the second of Stable Diffusion XL and 3, which pads with "!" where the first pads with its end."""
+    return CLIPTokenizer.from_pretrained(ASSETS / "mini" / "tokenizer", pad_token="!")
+
+
+def clip_with_projection(base: StableDiffusionPipeline, **changes: Any) -> CLIPTextModelWithProjection:
+    """Another random CLIP, of the base's vocabulary."""
+    return CLIPTextModelWithProjection(CLIPTextConfig(**base.text_encoder.config.to_dict() | changes)).eval()
+
+
+#: The second CLIP is wider and deeper than the first, and has another activation, so that one in the other's place is seen.
+SECOND_CLIP = {"hidden_size": 40, "num_hidden_layers": 3, "projection_dim": 24, "hidden_act": "gelu"}
+
+
 def tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
     """A pipeline of Stable Diffusion XL's layout with random weights: 32 x 32 pixels, 4 x 8 x 8 latents."""
     base = tiny_pipeline(
@@ -137,17 +153,36 @@ def tiny_xl_pipeline(seed: int = 0) -> StableDiffusionXLPipeline:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         transformer_layers_per_block=(1, 2),
         attention_head_dim=(2, 4),
-        cross_attention_dim=64,
+        cross_attention_dim=32 + 40,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 24,
     )
-    config = CLIPTextConfig(**base.text_encoder.config.to_dict() | {"projection_dim": 24, "hidden_act": "gelu"})
-    second = CLIPTextModelWithProjection(config).eval()
+    second = clip_with_projection(base, **SECOND_CLIP)
+    scheduler = EulerDiscreteScheduler.from_config(  # the published one, with what it has for schedulers of other classes
+        {
+            "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "epsilon",
+            "timestep_spacing": "leading", "steps_offset": 1, "num_train_timesteps": 1000, "trained_betas": None,
+            "interpolation_type": "linear", "use_karras_sigmas": False,
+            "clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True,
+        }
+    )  # fmt: skip
     return StableDiffusionXLPipeline(
-        base.vae, base.text_encoder, second, base.tokenizer, base.tokenizer, base.unet, base.scheduler,
+        base.vae, base.text_encoder, second, base.tokenizer, second_tokenizer(), base.unet, scheduler,
         add_watermarker=False,
     )  # fmt: skip
+
+
+def tiny_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
+    """A T5 encoder with random weights, and a tokenizer of its kind that knows a few words, and others by their letters.
+
+    It is written, not trained: the trainer's vocabulary is another in every run.
+    """
+    words = ["\u2581a", "\u2581red", "\u2581apple", "\u2581house", "\u2581cat", "\u2581and", "\u2581dog"]
+    pieces = [(piece, -2.0) for piece in words] + [(letter, -8.0) for letter in "\u2581abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = T5Tokenizer([("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *pieces], extra_ids=0, model_max_length=24)
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    return T5EncoderModel(config).eval(), tokenizer
 
 
 def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = True) -> FluxPipeline:
@@ -157,9 +192,7 @@ def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = True) -> FluxPipel
         in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=24, pooled_projection_dim=32, guidance_embeds=guidance_embeds, axes_dims_rope=(4, 6, 6),
     ).eval()  # fmt: skip
-    t5 = T5EncoderModel(
-        T5Config(vocab_size=len(base.tokenizer), d_model=24, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    ).eval()
+    t5, t5_tokenizer = tiny_t5(24)
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0,
         use_dynamic_shifting=True,
@@ -168,7 +201,7 @@ def tiny_flux_pipeline(seed: int = 0, guidance_embeds: bool = True) -> FluxPipel
         base_image_seq_len=256,
         max_image_seq_len=4096,
     )
-    pipe = FluxPipeline(scheduler, base.vae, base.text_encoder, base.tokenizer, t5, base.tokenizer, transformer)
+    pipe = FluxPipeline(scheduler, base.vae, base.text_encoder, base.tokenizer, t5, t5_tokenizer, transformer)
     pipe.default_sample_size = 8  # the class says 128
     return pipe
 
@@ -223,18 +256,17 @@ def tiny_flux2_pipeline(seed: int = 0, is_distilled: bool = False) -> Flux2Klein
 
 def tiny_sd3_pipeline(seed: int = 0, t5: bool = True) -> StableDiffusion3Pipeline:
     """A pipeline of Stable Diffusion 3.5-medium's layout with random weights: one block of two attends to the image twice."""
-    xl, base = tiny_xl_pipeline(seed), tiny_pipeline(seed=seed, shift_factor=0.1)
+    base = tiny_pipeline(seed=seed, shift_factor=0.1)
     transformer = SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
-        joint_attention_dim=64, caption_projection_dim=32, pooled_projection_dim=48, out_channels=4,
+        joint_attention_dim=80, caption_projection_dim=32, pooled_projection_dim=16 + 24, out_channels=4,
         pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
     ).eval()  # fmt: skip
-    third = T5EncoderModel(
-        T5Config(vocab_size=len(base.tokenizer), d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
-    ).eval()
+    first, second = clip_with_projection(base, projection_dim=16), clip_with_projection(base, **SECOND_CLIP)
+    third, third_tokenizer = tiny_t5(80) if t5 else (None, None)  # wider than both others together, as it is
     return StableDiffusion3Pipeline(
-        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), base.vae, xl.text_encoder_2, base.tokenizer,
-        xl.text_encoder_2, base.tokenizer, third if t5 else None, base.tokenizer if t5 else None,
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), base.vae, first, base.tokenizer,
+        second, second_tokenizer(), third, third_tokenizer,
     )  # fmt: skip
 
 

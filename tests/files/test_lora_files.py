@@ -626,7 +626,12 @@ SGM_NAMES = {
 
 @pytest.mark.parametrize(
     "form",
-    ["lora_unet_{}.lora_{}.weight", "diffusion_model.{}.lora_{}.weight", "model.diffusion_model.{}.lora_{}.weight"],
+    [
+        "lora_unet_{}.lora_{}.weight",
+        "diffusion_model.{}.lora_{}.weight",
+        "model.diffusion_model.{}.lora_{}.weight",
+        "unet.{}.lora_{}.weight",
+    ],
 )
 def test_reads_stabilitys_own_names(tmp_path, form):
     tensors, expected = {}, {}

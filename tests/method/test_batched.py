@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.testing import assert_close
 
-from conftest import tiny_pipeline
+from conftest import tiny_pipeline, tiny_xl_pipeline
 from diffmorpher import FitConfig, Morpher, MorphPath, SampleConfig
 from diffmorpher.method.interpolate import Between, noise_between
 
@@ -20,10 +21,12 @@ POSITIONS = [0.0, 0.2, 0.5, 0.85, 1.0]
 STEPS = 5
 
 
-def make_path(images: int = 2, loop: bool = False, **pipeline: Any) -> MorphPath:
-    """A path on the tiny model whose LoRAs are large enough to matter: B is drawn, not trained."""
-    morpher = Morpher(tiny_pipeline(**pipeline))
-    pictures = [Image.effect_noise((32, 32), 80 + 40 * k).convert("RGB") for k in range(images)]
+def make_path(
+    images: int = 2, loop: bool = False, make: Callable[..., Any] = tiny_pipeline, **pipeline: Any
+) -> MorphPath:
+    """A path on a tiny model whose LoRAs are large enough to matter: B is drawn, not trained."""
+    morpher = Morpher(make(**pipeline))
+    pictures = [np.random.default_rng(k).integers(0, 256, (32, 32, 3), dtype=np.uint8) for k in range(images)]
     prompts = ["a red apple", "a bus", "a cat", "a dog"][:images]
     path = morpher.prepare(pictures, prompts, fit=FitConfig(rank=3, steps=1), steps=STEPS, loop=loop)
     generator = torch.Generator().manual_seed(1)
@@ -102,8 +105,9 @@ def run_alone(path: MorphPath, position: float, config: SampleConfig, stored: di
     left, right = int(at.left), int(at.right)
     is_end = a in (0.0, 1.0)
     image = (left if a == 0 else right) if is_end else None
-    text = path.conditioning["text"]
-    c = (1 - a) * text[left] + a * text[right]
+    told = {name: (1 - a) * x[left] + a * x[right] for name, x in path.conditioning.tensors.items()}
+    sizes = torch.tensor([[32.0, 32.0, 0.0, 0.0, 32.0, 32.0]])  # as it was, where it was cut, as it shall be
+    added = {"text_embeds": told["pooled"][None], "time_ids": sizes} if "pooled" in told else None
     z = noise_between(path.noises_at(config.steps), at, config.adain)
     schedule = path.backbone.schedule(config.steps)
     features: list[Any] = []
@@ -113,7 +117,7 @@ def run_alone(path: MorphPath, position: float, config: SampleConfig, stored: di
             if not is_end and i < config.attention_lambda * config.steps:
                 p.source = [stored[left][i][n]], [stored[right][i][n]], a, config.attention_mode
         level = schedule.levels[config.steps - i]
-        eps = unet(z, level.time, encoder_hidden_states=c[None]).sample
+        eps = unet(z, level.time, encoder_hidden_states=told["text"][None], added_cond_kwargs=added).sample
         features.append({n: p.record[0] for n, p in by_name.items() if p.record})
         z = schedule.down(path.backbone.prediction(eps, z, level), config.steps - i)
     if is_end:
@@ -146,6 +150,23 @@ def test_batched_is_sequential(changes: dict[str, Any], pipeline: dict[str, Any]
     config = SampleConfig(steps=STEPS, **changes)
     batched = path.sample(POSITIONS, config, output="latent")
     assert_close(batched, run_sequentially(path, POSITIONS, config), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["features", "kv"])
+@pytest.mark.parametrize("images", [2, 3])
+def test_stable_diffusion_xl_is_sequential_too(mode: Any, images: int) -> None:
+    """Beside the text its pooled form is mixed, and the sizes are told."""
+    path = make_path(images, make=tiny_xl_pipeline)
+    config = SampleConfig(steps=STEPS, attention_mode=mode, batch_size=2)
+    positions = [0.0, 0.3, images - 1.25, images - 1.0]
+    batched = path.sample(positions, config, output="latent")
+    assert_close(batched, run_sequentially(path, positions, config), rtol=1e-4, atol=1e-4)
+    apart = path.sample(positions[1:2], replace(config, attention_lambda=0), "latent")
+    assert (apart - batched[1:2]).abs().max() > 1e-2
+    pooled = path.conditioning["pooled"]
+    pooled[:] = pooled.flip(0)  # what it says matters
+    path._trajectories.clear()
+    assert (path.sample(positions[1:2], config, "latent") - batched[1:2]).abs().max() > 1e-2
 
 
 def test_each_part_matters_on_this_path() -> None:

@@ -296,17 +296,25 @@ def test_uni_inversion_falls_as_the_square_of_the_step_and_the_plain_rule_as_the
     path = Morpher(smooth(MAKERS[family]())).prepare(PICTURES[:2], PROMPTS[:2], fit=None, steps=2)
     backbone = path.backbone
 
-    def lost(rule: Any, steps: int) -> float:
-        schedule = backbone.schedule(steps)
-        with torch.no_grad():
-            z = invert(backbone, path.latents, path.conditioning, steps, rule=rule)[-1]
-            for level in range(steps, 0, -1):
-                z = schedule.down(backbone.predict(z, schedule.levels[level], path.conditioning), level)
-        return float((z - path.latents).square().mean().sqrt())
+    def lost(z: Tensor) -> tuple[float, float]:
+        """Of the latents, and of the pictures that they are."""
+        differences = (z - path.latents, backbone.decode(z) - backbone.decode(path.latents))
+        return tuple(float(x.square().mean().sqrt()) for x in differences)  # type: ignore[return-value]
 
-    uni, plain = ([lost(rule, steps) for steps in (10, 20, 40)] for rule in ("uni", "plain"))
-    assert uni[0] / uni[2] > 10 and 3 < plain[0] / plain[2] < 6  # 16 and 4
-    assert uni[1] < plain[1] / 3
+    def there_and_back(rule: Any, steps: int) -> tuple[float, float]:
+        schedule = backbone.schedule(steps)
+        z = invert(backbone, path.latents, path.conditioning, steps, rule=rule)[-1]
+        for level in range(steps, 0, -1):
+            z = schedule.down(backbone.predict(z, schedule.levels[level], path.conditioning), level)
+        return lost(z)
+
+    with torch.no_grad():
+        unis, plains = ([there_and_back(rule, steps) for steps in (10, 20, 40)] for rule in ("uni", "plain"))
+        exact = lost(path.sample([0, 1], SampleConfig(steps=10, exact_ends=True), "latent"))
+    for uni, plain, none in zip(zip(*unis, strict=True), zip(*plains, strict=True), exact, strict=True):
+        assert uni[0] / uni[2] > 10 and 3 < plain[0] / plain[2] < 6  # 16 and 4
+        assert uni[1] < plain[1] / 3
+        assert none < 1e-5 < uni[0]
 
 
 @families
@@ -571,13 +579,28 @@ def test_on_a_gpu(family: str, low_memory: bool) -> None:
 # ---- the published architectures, on the meta device
 
 
+QKVO = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def layers(blocks: str, numbers: Iterable[int], ends: Iterable[str], attention: str = "attn") -> list[str]:
+    return [f"{blocks}.{i}.{attention}.{end}" for i in numbers for end in ends]
+
+
 def test_flux_has_19_joint_and_38_single_blocks() -> None:
     backbone = Flux(tiny_flux_pipeline())
     with torch.device("meta"):
         backbone.network = FluxTransformer2DModel(guidance_embeds=True)
     assert sum(p.numel() for p in backbone.network.parameters()) == 11_901_408_320
+    single = "single_transformer_blocks"
+    assert {*backbone.projections()} == {
+        *layers("transformer_blocks", range(19), QKVO),
+        *layers(single, range(38), QKVO[:3]),
+    }
     assert len(backbone.projections()) == 19 * 4 + 38 * 3
-    assert [site.rows for site in backbone.attention_sites()] == ["all"] * 38 + ["last"] * 76
+    sites = backbone.attention_sites()
+    assert [site.rows for site in sites] == ["all"] * 38 + ["last"] * 76
+    kv = (layers(blocks, range(n), QKVO[1:3]) for blocks, n in (("transformer_blocks", 19), (single, 38)))
+    assert [site.layer for site in sites] == [name for names in kv for name in names]
 
 
 def test_flux2_klein_has_5_joint_and_20_single_blocks() -> None:
@@ -588,9 +611,16 @@ def test_flux2_klein_has_5_joint_and_20_single_blocks() -> None:
         )
     assert sum(p.numel() for p in backbone.network.parameters()) == 3_875_544_576
     assert len(backbone.projections()) == 5 * 4 + 20 * 2
+    single = "single_transformer_blocks"
+    assert {*backbone.projections()} == {
+        *layers("transformer_blocks", range(5), QKVO),
+        *layers(single, range(20), ("to_qkv_mlp_proj", "to_out")),
+    }
     assert all(isinstance(layer, nn.Linear) for layer in backbone.projections().values())
-    places = [(site.rows, site.columns) for site in backbone.attention_sites()]
-    assert places == [("all", None)] * 10 + [("last", (3072, 9216))] * 20
+    sites = backbone.attention_sites()
+    assert [(site.rows, site.columns) for site in sites] == [("all", None)] * 10 + [("last", (3072, 9216))] * 20
+    kv, fused = layers("transformer_blocks", range(5), QKVO[1:3]), layers(single, range(20), ("to_qkv_mlp_proj",))
+    assert [site.layer for site in sites] == kv + fused
 
 
 def test_stable_diffusion_35_medium_has_24_blocks_13_of_which_attend_to_the_image_twice() -> None:
@@ -601,8 +631,18 @@ def test_stable_diffusion_35_medium_has_24_blocks_13_of_which_attend_to_the_imag
             caption_projection_dim=1536, pooled_projection_dim=2048, out_channels=16, pos_embed_max_size=384,
             dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
         )  # fmt: skip
+    names = {
+        end: {
+            *layers("transformer_blocks", range(24), (end,)),
+            *layers("transformer_blocks", range(13), (end,), "attn2"),
+        }
+        for end in QKVO
+    }
+    assert {*backbone.projections()} == set().union(*names.values())
     assert len(backbone.projections()) == (24 + 13) * 4
-    assert len(backbone.attention_sites()) == (24 + 13) * 2
+    sites = backbone.attention_sites()
+    assert {site.layer for site in sites} == names["to_k"] | names["to_v"]
+    assert len(sites) == (24 + 13) * 2 and {(site.rows, site.columns) for site in sites} == {("all", None)}
 
 
 def test_z_image_has_30_joint_blocks_and_2_of_the_image_alone() -> None:
@@ -611,8 +651,18 @@ def test_z_image_has_30_joint_blocks_and_2_of_the_image_alone() -> None:
         backbone.network = ZImageTransformer2DModel()
     assert sum(p.numel() for p in backbone.network.parameters()) == 6_154_908_736
     assert len(backbone.network.context_refiner) == 2  # of the caption alone
+    names = {
+        end: {
+            *layers("layers", range(30), (end,), "attention"),
+            *layers("noise_refiner", range(2), (end,), "attention"),
+        }
+        for end in QKVO
+    }
+    assert {*backbone.projections()} == set().union(*names.values())
     assert len(backbone.projections()) == (30 + 2) * 4
-    assert [site.rows for site in backbone.attention_sites()] == ["first"] * (30 + 2) * 2
+    sites = backbone.attention_sites()
+    assert {site.layer for site in sites} == names["to_k"] | names["to_v"]
+    assert [site.rows for site in sites] == ["first"] * (30 + 2) * 2
     assert Z_IMAGE_SIZE == (1024, 1024)
 
 
@@ -621,8 +671,7 @@ def test_qwen_image_has_60_joint_blocks() -> None:
     with torch.device("meta"):
         backbone.network = QwenImageTransformer2DModel()
     assert sum(p.numel() for p in backbone.network.parameters()) == 20_430_401_088
-    assert len(backbone.projections()) == 60 * 4
-    assert not any("add_" in name for name in backbone.projections())
+    assert {*backbone.projections()} == {*layers("transformer_blocks", range(60), QKVO)}
     sites = backbone.attention_sites()
     assert len(sites) == 60 * 2 and {site.rows for site in sites} == {"all"}
-    assert {site.layer for site in sites} <= set(backbone.projections())
+    assert {site.layer for site in sites} == {*layers("transformer_blocks", range(60), QKVO[1:3])}

@@ -9,8 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import tiny_pipeline
-from diffmorpher import FitConfig, Morpher, SampleConfig
+from conftest import (
+    tiny_flux2_pipeline,
+    tiny_flux_pipeline,
+    tiny_pipeline,
+    tiny_qwen_pipeline,
+    tiny_sd3_pipeline,
+    tiny_xl_pipeline,
+    tiny_z_image_pipeline,
+)
+from diffmorpher import FitConfig, Morpher, SampleConfig, ScheduleConfig
 
 PICTURES = [Image.effect_noise((32, 32), s).convert("RGB") for s in (20, 60, 90)]
 FIT, SAMPLE = FitConfig(rank=2, steps=3, learning_rate=1e-2, draws=2), SampleConfig(steps=3)
@@ -47,6 +55,34 @@ def test_the_film_is_the_same_from_smaller_batches() -> None:
     assert not any(checkpointed for _, checkpointed in plain_batches)
     # Progress and rows are of the same work; the fit's batches are three times as many.
     assert sum(r for r, c in batches if c) == 3 * 3 * 2 == sum(r for r, _ in plain_batches[:3])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tiny_xl_pipeline, tiny_flux_pipeline, tiny_flux2_pipeline, tiny_sd3_pipeline, tiny_z_image_pipeline, tiny_qwen_pipeline,
+    ],
+)  # fmt: skip
+def test_a_loop_of_every_other_family_is_the_same_too(make: Any) -> None:
+    """Which leads back through the frame half way that it came by, and ends before it repeats its first."""
+    noise = np.random.default_rng(0).integers(0, 90, (32, 32, 3), dtype=np.uint8)
+    films, batches = [], []
+    for low_memory in (False, True):
+        morpher, rows = Morpher(make(), low_memory=low_memory), []
+        morpher.backbone.network.register_forward_pre_hook(
+            lambda m, args, kwargs, rows=rows: rows.append(len((*args, *kwargs.values())[0])), with_kwargs=True
+        )
+        schedule = ScheduleConfig(enabled=False)
+        pictures, prompts = [noise, 255 - noise], ["a cat", "a house"]
+        film = morpher(pictures, prompts, 6, size=(32, 32), loop=True, fit=FIT, sample=SAMPLE, schedule=schedule)
+        films.append(np.stack([np.asarray(frame).astype(int) for frame in film.frames]))
+        assert film.alphas == pytest.approx([i / 3 for i in range(6)]) and film.settings["loop"] is True
+        batches.append(max(rows))
+    plain, spared = films
+    assert np.abs(spared - plain).mean() < 0.01 and np.abs(spared - plain).max() <= 2 and batches[1] < batches[0]
+    assert np.abs(plain[[4, 5]] - plain[[2, 1]]).mean() < 0.01  # the way back
+    # By the mean, as Qwen-Image's tiny autoencoder makes all pictures nearly grey.
+    assert all(np.abs(plain[i] - plain[i + 1]).mean() > 0.1 for i in range(3))
 
 
 def test_less_is_kept_for_the_way_back() -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
@@ -68,6 +74,26 @@ def test_prompts_are_encoded_as_the_pipeline_does() -> None:
     assert_close(middle["pooled"], 0.75 * pooled[:1] + 0.25 * pooled[1:])
 
 
+def test_an_inverted_noise_leads_diffusers_back_to_the_picture_and_exact_ends_all_the_way() -> None:
+    """Half as long steps lose half as much in the end, of a network that is smooth, as a trained one."""
+    pipe = tiny_xl_pipeline()
+    pipe.unet.conv_out.weight.data.mul_(0.05)
+    path = Morpher(pipe).prepare(PICTURES[:2], PROMPTS, fit=None, steps=10)
+    ddim(pipe)
+    with torch.no_grad():
+        pictures = pipe.vae.decode(path.latents / pipe.vae.config.scaling_factor).sample.clamp(-1, 1)
+    lost = []
+    for steps in (10, 20, 40):
+        called = {"num_inference_steps": steps, "guidance_scale": 1.0, "width": 32, "height": 32, "output_type": "pt"}
+        theirs = pipe(PROMPTS, latents=path.noises_at(steps), **called).images * 2 - 1
+        lost.append(float((theirs - pictures).square().mean().sqrt()))
+    assert 1.4 < lost[0] / lost[1] < lost[1] / lost[2] < 2.1  # towards 2
+    exact = path.sample([0, 1], SampleConfig(steps=10, exact_ends=True), "latent")
+    with torch.no_grad():
+        ours = path.backbone.decode(exact)
+    assert float((ours - pictures).square().mean().sqrt()) < 1e-5 < lost[2]
+
+
 def test_a_lora_file_is_diffusers_own(tmp_path: Path) -> None:
     """What we write, the pipeline loads; its output with it is ours."""
     pipe = tiny_xl_pipeline()
@@ -84,6 +110,63 @@ def test_a_lora_file_is_diffusers_own(tmp_path: Path) -> None:
     ).images
     assert (got - want).abs().max() < 1e-4 * want.abs().max()
     assert (without.noises[:1] - path.noises[:1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def changed_by(file: Path, theirs: StableDiffusionXLPipeline) -> tuple[Tensor, Tensor]:
+    """What our network says of a noise with a file as the method adds it, and what theirs says as it is."""
+    backbone = StableDiffusionXL(tiny_xl_pipeline())
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    told, level = backbone.encode_prompts(["a house"]), backbone.schedule(2).levels[1]
+    without = backbone.output(noise, level, told)
+    with LoraBank.stack([load_lora(file)], backbone.network, ["it"]).attached(backbone.network):
+        ours = backbone.output(noise, level, told)
+    assert (ours - without).abs().max() > 1e-2
+    return ours, StableDiffusionXL(theirs).output(noise, level, told)
+
+
+def with_adapter() -> StableDiffusionXLPipeline:
+    """A pipeline with a random LoRA of PEFT's, whose alpha is three times its rank."""
+    pipe = tiny_xl_pipeline()
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False))
+    return pipe
+
+
+def test_a_lora_that_diffusers_writes_is_read(tmp_path: Path) -> None:
+    """With its alpha, which the header has."""
+    theirs = with_adapter()
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(theirs.unet)),
+        unet_lora_adapter_metadata=theirs.unet.peft_config["default"].to_dict(),
+    )
+    assert_close(*changed_by(tmp_path / "pytorch_lora_weights.safetensors", theirs), rtol=1e-4, atol=1e-5)
+
+
+#: OneTrainer's name of a block of SDXL's in its files of the Open Model Initiative's form: Stability's, with dots.
+OMI = {
+    f"{side}_blocks.{block}.attentions.{layer}": f"{name}_blocks.{3 * block + layer + offset}.1"
+    for side, name, offset in (("down", "input", 1), ("up", "output", 0))
+    for block in range(3)
+    for layer in range(3)
+} | {"mid_block.attentions.0": "middle_block.1"}
+
+
+@pytest.mark.parametrize("form", ["usual", "OMI"])
+def test_a_lora_that_onetrainer_writes_is_read(tmp_path: Path, form: str) -> None:
+    theirs, tensors = with_adapter(), {}
+    for key, matrix in get_peft_model_state_dict(theirs.unet).items():
+        layer, side = key.removesuffix(".weight").split(".lora_")
+        block, rest = layer.split(".transformer_blocks.")
+        name = (
+            f"unet.{OMI[block]}.transformer_blocks.{rest}" if form == "OMI" else f"lora_unet_{layer.replace('.', '_')}"
+        )
+        tensors[f"{name}.lora_{ {'A': 'down', 'B': 'up'}[side] }.weight"] = matrix.clone()
+        tensors[f"{name}.alpha"] = torch.tensor(6.0)
+    save_file(tensors, tmp_path / "x.safetensors")
+    assert_close(*changed_by(tmp_path / "x.safetensors", theirs), rtol=1e-4, atol=1e-5)
 
 
 def test_kohyas_names_of_stabilitys_blocks_are_read(tmp_path: Path) -> None:
@@ -139,22 +222,53 @@ def test_a_path_file_holds_all_that_the_network_is_told(tmp_path: Path) -> None:
     assert torch.equal(path.sample([0.5, 1.3], config, "latent"), loaded.sample([0.5, 1.3], config, "latent"))
 
 
-def test_the_pipeline_comes_back_unchanged_after_an_exception_in_a_step() -> None:
+@pytest.mark.parametrize("stage", ["fit", "invert", "sample", "write"])
+def test_the_pipeline_comes_back_unchanged_after_an_exception(stage: str) -> None:
+    """One whose VAE overflows in float16, and whose owner trains the U-Net and the second text encoder."""
     pipe = tiny_xl_pipeline()
     pipe.vae.half()
     pipe.vae.register_to_config(force_upcast=True)
-    before = {n: p.clone() for part in (pipe.unet, pipe.vae) for n, p in part.state_dict().items()}
-    morpher = Morpher(pipe)
+    pipe.unet.train()
+    pipe.text_encoder_2.train()
+    pipe.text_encoder.requires_grad_(False)
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    assert len(parts) == 4
 
-    def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("invert", 2):
+    def weights() -> dict[str, Tensor]:
+        return {f"{name}.{n}": p for name, part in parts.items() for n, p in part.state_dict().items()}
+
+    def switches() -> list[bool]:
+        trained = [m.training for part in parts.values() for m in part.modules()]
+        return trained + [p.requires_grad for part in parts.values() for p in part.parameters()]
+
+    before, as_they_were = {n: p.clone() for n, p in weights().items()}, switches()
+
+    def stop(at: str, done: int, total: int) -> None:
+        if at == stage and done >= 2:
             raise KeyboardInterrupt
 
+    def write(frames: Iterable[Image.Image], settings: dict[str, Any]) -> None:
+        for i, _ in enumerate(frames):
+            if stage == "write" and i == 1:
+                raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
-        morpher.prepare(PICTURES[:2], "x", fit=FitConfig(rank=2, steps=1), steps=3, progress=stop)
-    after = {n: p for part in (pipe.unet, pipe.vae) for n, p in part.state_dict().items()}
+        Morpher(pipe)(
+            PICTURES[:2],
+            "x",
+            4,
+            fit=FitConfig(rank=2, steps=3),
+            sample=SampleConfig(steps=3),
+            progress=stop,
+            write=write,
+        )
+    after = weights()
     assert all(torch.equal(before[n], after[n]) and before[n].dtype == after[n].dtype for n in before)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in pipe.unet.modules())
+    assert switches() == as_they_were and before.keys() == after.keys()
+    hooked = (
+        part for name, part in parts.items() if not name.startswith("text_encoder")
+    )  # which has transformers' own
+    assert not any(m._forward_hooks or m._forward_pre_hooks for part in hooked for m in part.modules())
 
 
 def test_a_float16_vae_that_overflows_works_in_float32() -> None:
@@ -197,8 +311,27 @@ def test_the_published_architecture_has_70_blocks_and_36_of_them_mix() -> None:
     pipe = tiny_xl_pipeline()
     backbone = StableDiffusionXL(pipe)
     backbone.network = unet
-    assert len(backbone.projections()) == 70 * 2 * 4
-    assert len(backbone.attention_sites()) == (3 * 10 + 3 * 2) * 2
+    blocks = [
+        f"down_blocks.{b}.attentions.{i}.transformer_blocks.{t}"
+        for b, n in ((1, 2), (2, 10))
+        for i in range(2)
+        for t in range(n)
+    ]
+    up = [
+        f"up_blocks.{b}.attentions.{i}.transformer_blocks.{t}"
+        for b, n in ((0, 10), (1, 2))
+        for i in range(3)
+        for t in range(n)
+    ]
+    blocks += [*up, *(f"mid_block.attentions.0.transformer_blocks.{t}" for t in range(10))]
+    assert len(blocks) == 70
+    ends = ("to_q", "to_k", "to_v", "to_out.0")
+    assert {*backbone.projections()} == {
+        f"{x}.{attn}.{end}" for x in blocks for attn in ("attn1", "attn2") for end in ends
+    }
+    sites = backbone.attention_sites()
+    assert [site.layer for site in sites] == [f"{x}.attn1.{end}" for x in up for end in ("to_k", "to_v")]
+    assert len(sites) == 36 * 2 and {(site.rows, site.columns) for site in sites} == {("all", None)}
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ Reads, recognised by content and never by suffix:
 - PEFT's: `<path>.lora_A.weight`, `base_model.model.<path>.lora_A.default.weight`, with the alpha of the
   `adapter_config.json` beside it;
 - kohya's: `lora_unet_<path with underscores>.lora_down.weight`, with `.alpha` tensors, and OneTrainer's `lora_transformer_...`;
-- those with Stability's own block names, `lora_unet_input_blocks_...` or `diffusion_model.input_blocks...`;
+- those with Stability's own block names, `lora_unet_input_blocks_...`, `diffusion_model.input_blocks...` or, as the Open Model
+  Initiative has it, `unet.input_blocks...`;
 - LyCORIS' LoCon, whose convolutions are in two factors or three, and its and PEFT's LoHa, LoKr and whole differences of weights
   (`lora_factors.py`); DoRA, and PEFT's IA3;
 - kohya's, ComfyUI's (`diffusion_model.<path>`) and PEFT's for transformers under their first code's names: `lora_families.py`;
@@ -339,10 +340,9 @@ def _gain(path: Path, name: str, parts: _Parts) -> tuple[str, Tensor] | None:
 def _network_path(layer: str) -> str | None:
     """The module path inside the U-Net or transformer of a layer as a file names it; None for a layer of another network."""
     name = re.sub(r"^(base_model\.model\.)?(unet\.|transformer\.)?(model\.)?", "", layer)
-    original = "diffusion_model."
-    if name.startswith(original) and name.removeprefix(original).split(".")[0] in _SGM_PARTS:
-        name = "lora_unet_" + name.removeprefix(original).replace(".", "_")
-    name = name.removeprefix(original)
+    name, named = name.removeprefix("diffusion_model."), re.search(r"\b(diffusion_model|unet)\.", layer)
+    if named and name.split(".")[0] in _SGM_PARTS:
+        name = "lora_unet_" + name.replace(".", "_")
     if name.startswith(("lora_unet_", "lora_transformer_")):
         name = with_dots(_from_sgm(re.sub("^lora_(unet|transformer)_", "", name)))
     name = name.replace(".processor.", ".")

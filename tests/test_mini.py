@@ -65,7 +65,8 @@ def test_the_end_frames_are_the_input_images(mini: Morpher, demo: Demo) -> None:
 
 @pytest.mark.slow
 def test_the_end_frames_at_the_papers_settings(mini: Morpher, demo: Demo, capsys: pytest.CaptureFixture[str]) -> None:
-    """With what the autoencoder alone reaches; both are printed."""
+    """With what the autoencoder alone reaches; both are printed. Measured: 34.6 and 33.0 dB, 0.012 and 0.021; the benchmark has
+    34.4 and 33.0 dB, 0.012 and 0.022 for the same pictures. (The bar of 0.014 that was here had not been measured.)"""
     names = ("dog-face", "cat-face")
     path = prepare(mini, demo, names, FitConfig())
     inputs = to_pixels([fit_image(demo[n], mini.backbone.native_size) for n in names])
@@ -75,7 +76,7 @@ def test_the_end_frames_at_the_papers_settings(mini: Morpher, demo: Demo, capsys
         for name, end, x, y, d in zip(names, ends, inputs, alone, perceptual_distance()(alone, inputs), strict=True):
             print(f"\n{name}: {end[0]:.1f} dB, {end[1]:.3f}; autoencoder alone {psnr(y, x):.1f} dB, {float(d):.3f}")
     for decibels, distance in ends:
-        assert decibels > 33.0 and distance < 0.014
+        assert decibels > 32.5 and distance < 0.024
 
 
 @pytest.mark.slow

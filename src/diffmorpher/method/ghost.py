@@ -26,7 +26,7 @@ def ghost(frames: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 #: Above it a film is called a cross-fade: half-way between what films of known kind have on the 24 pairs of `mini`, in 8 bits:
-#: cross-fades 0.98 or more, warps along the optical flow 0.43 at most, the model's morphs (10 steps, no LoRA) 0.32.
+#: cross-fades 0.98 or more, warps along the optical flow 0.43 at most, the model of then (10 steps, no LoRA) 0.32.
 CROSS_FADE = 0.7
 
 

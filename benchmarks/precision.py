@@ -1,12 +1,14 @@
 """What bfloat16 changes: the same films in both, by the benchmark's figures.
 
-python benchmarks/precision.py --pairs 4
+python benchmarks/precision.py --pairs 6
+python benchmarks/precision.py --pairs 3 --model work/mini-flow --size 256x256
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from diffmorpher.cli.terminal import quiet_libraries
 from diffmorpher.files.pictures import load_image
 from diffmorpher.models.catalog import ASSETS
 from diffmorpher.progress import quiet_bars
+from diffmorpher.settings import parse_size
 
 FIGURES = ("PPL", "PDV e-4", "end dB")
 
@@ -37,6 +40,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--size", type=parse_size, help="in place of the model's own, such as 256x256")
     given = parser.parse_args()
     quiet_libraries()
     quiet_bars()
@@ -45,6 +49,8 @@ def main() -> None:
     chosen = pairs[:: max(1, len(pairs) // given.pairs)][: given.pairs]
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
     morphers = {name: Morpher.from_pretrained(given.model, device="cpu", dtype=dtype) for name, dtype in dtypes.items()}
+    for morpher in morphers.values():
+        morpher.spec = replace(morpher.spec, size=given.size or morpher.spec.size)
     table = Table(title=f"{given.model}, {given.frames} frames")
     for column in ("pair", "dtype", *FIGURES, "seconds", "dB to float32"):
         table.add_column(column, justify="left" if column in ("pair", "dtype") else "right")

@@ -335,7 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if given.size:
             morpher.spec = replace(morpher.spec, size=tuple(given.size))
         size, dtype = morpher.working_size(), next(morpher.backbone.network.parameters()).dtype
-        work = tflop(morpher.backbone, morpher.backbone.encode_prompts([""]), size)
+        work = tflop(morpher.backbone, morpher.backbone.encode_prompts(["a pear"]), size)
         peak = peak_tflops(device, dtype)
         console.print(machine(device), highlight=False)
         console.print(

@@ -194,7 +194,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("reschedule", "schedule.enabled", "Method", "Even speed (reschedule)",
             "Speed is evened out; off when it should follow the positions."),
     Setting("paper", "", "Method", "As the paper",
-            "The paper's settings throughout, in place of the model's own: some three times the work.", sets=True),
+            "The paper's settings throughout, in place of the model's own: for mini four times the work.", sets=True),
     Setting("preview", "", "Method", "Quick",
             "A rough film soon: --no-lora --no-reschedule --attention-mode outer (kv for flow models).", sets=True),
     Setting("guidance", "sample.guidance_scale", "Method", "Guidance",

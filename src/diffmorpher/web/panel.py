@@ -82,7 +82,7 @@ def settings_panel(typed_models: bool, run: Callable[[], None]) -> Panel:
         [("As the model suggests", ""), *((BY_NAME[name].label, name) for name in reversed(PRESETS))],
         value="",
         label="Settings",
-        info="Quick is rough: no LoRA, no even speed. As the paper is some three times the work.",
+        info="Quick is rough: no LoRA, no even speed. As the paper is some four times the work.",
         elem_id="preset",
     )
     run()

@@ -187,7 +187,9 @@ _PLAIN: dict[str, Any] = {"attention_lambda": 0.0, "adain": False}
 METHODS: dict[str, Method] = {
     "dissolve": Method("pixels cross-faded", _pixels_alone(dissolve)),
     "warp": Method("pixels warped along the optical flow and blended", _pixels_alone(warp)),
-    "preview": Method("no LoRA, outer attention (kv on flows), no rescheduling", _diffusion(False, False, quick=True), True),
+    "preview": Method(
+        "no LoRA, outer attention (kv on flows), no rescheduling", _diffusion(False, False, quick=True), True
+    ),
     "freemorph": Method("FreeMorph, after its paper (arXiv 2507.01953)", _freemorph(GUIDANCE)),
     "freemorph-unguided": Method("FreeMorph without classifier-free guidance, as all others are", _freemorph(1.0)),
     "ddim": Method("inversion and slerp alone", _diffusion(False, False, **_PLAIN)),
@@ -197,7 +199,9 @@ METHODS: dict[str, Method] = {
     "diffmorpher": Method("all: + rescheduling", _diffusion(True, True)),
     "diffmorpher-kv": Method("all, attention mode kv", _diffusion(True, True, attention_mode="kv")),
     "diffmorpher-insert": Method("all, frames inserted instead of two passes", _diffusion(True, True, insert=True)),
-    "diffmorpher-fast": Method("as the catalog recommends", _diffusion(True, True, insert=True, recommended=True), True),
+    "diffmorpher-fast": Method(
+        "as the catalog recommends", _diffusion(True, True, insert=True, recommended=True), True
+    ),
     "diffmorpher-product": Method("all, LoRA blend product", _diffusion(True, True, lora_blend="product")),
     **{
         f"lambda-{x:g}": Method(f"all, attention in {x:.0%} of the steps", _diffusion(True, True, attention_lambda=x))

@@ -105,6 +105,8 @@ def test_presets_and_what_is_typed_with_them() -> None:
     assert quick.fit is None and not quick.schedule.enabled and quick.sample.attention_mode == "outer"
     assert quick.sample == replace(Recipe().sample, attention_mode="outer")
     assert Recipe().changed(preview=True, attention_mode="kv").sample.attention_mode == "kv"
+    for model, mode in (("sdxl", "outer"), ("flux-dev", "kv")):
+        assert Recipe().changed(model=model, preview=True).sample.attention_mode == mode
 
 
 def test_other_loras_and_none() -> None:

@@ -41,9 +41,7 @@ def check_suits(pipe: Any, name: str) -> None:
     name: what the model was asked for by.
     """
     check_class(type(pipe).__name__)
-    if name.lower().endswith(
-        ".safetensors"
-    ):  # asked already, `single_file.Checkpoint`: the rest comes from another model
+    if name.lower().endswith(".safetensors"):  # `single_file.Checkpoint` has asked; the rest comes from another model
         return
     names = _names(pipe, name)
     if hasattr(pipe, "transformer"):
